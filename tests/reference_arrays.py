@@ -1,0 +1,68 @@
+"""Weights and clips behind the figures in tests/reference/, from seeds.
+
+The published PyTorch implementation was run on exactly these arrays. Each one
+follows from its name, its shape and a seed alone, so no checkpoint has to be
+stored beside the figures.
+"""
+
+import json
+import math
+import pathlib
+import zlib
+
+import numpy as np
+
+DIRECTORY = pathlib.Path(__file__).parent / 'reference'
+
+
+def shapes(name: str) -> dict[str, tuple[int, ...]]:
+  """Returns PyTorch parameter name -> shape, in the order of a state_dict."""
+  text = (DIRECTORY / 'shapes' / f'{name}.json').read_text()
+  return {key: tuple(shape) for key, shape in json.loads(text).items()}
+
+
+def state_dict(shapes_name: str, seed: int) -> dict[str, np.ndarray]:
+  """Returns PyTorch parameter name -> array for shapes/<shapes_name>.json."""
+  return {
+    name: _parameter(name, shape, seed)
+    for name, shape in shapes(shapes_name).items()
+  }
+
+
+def clips(batch: int, frames: int, size: int, seed: int) -> np.ndarray:
+  """Returns normalised clips, float32 [batch, frames, size, size, 3].
+
+  The PyTorch implementation took the same values with channels first:
+  [batch, 3, frames, size, size].
+  """
+  return _normal(_generator('clips', seed), (batch, frames, size, size, 3))
+
+
+def _parameter(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray:
+  generator = _generator(name, seed)
+  match name.rsplit('.', 1)[-1]:
+    case 'num_batches_tracked':
+      return np.zeros(shape, np.int64)
+    case 'running_var':
+      return (0.5 + generator.random(shape)).astype(np.float32)
+    case 'running_mean':
+      return _normal(generator, shape, scale=0.1)
+    case 'weight' if len(shape) == 1:  # the scale of a norm
+      return _normal(generator, shape, scale=0.1, mean=1)
+    case _ if len(shape) == 1:  # a bias
+      return _normal(generator, shape, scale=0.05)
+    case _:  # a matrix or a convolution kernel, scaled by its inputs
+      return _normal(generator, shape, scale=math.prod(shape[1:]) ** -0.5)
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+  return np.random.default_rng([seed, zlib.crc32(name.encode())])
+
+
+def _normal(
+  generator: np.random.Generator,
+  shape: tuple[int, ...],
+  scale: float = 1,
+  mean: float = 0,
+) -> np.ndarray:
+  return (mean + scale * generator.standard_normal(shape)).astype(np.float32)
