@@ -1,0 +1,253 @@
+"""DualFormer, the local-global stratified video transformer (2112.04674)."""
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+from dualformer_jax.models.attention import (
+  GlobalPyramidAttention,
+  LocalWindowAttention,
+)
+from dualformer_jax.models.heads import ClassificationHead, TokenLabelHead
+from dualformer_jax.models.layers import (
+  Linear,
+  PatchEmbedding,
+  PositionalConvolution,
+  layer_norm,
+)
+
+Size = tuple[int, int, int]
+
+
+class Mlp(nn.Module):
+  """Linear to four times the channels, exact GELU, linear back."""
+
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c']
+  ) -> Float[Array, 'b d h w c']:
+    channels = x.shape[-1]
+    x = Linear(4 * channels, self.dtype, name='fc1')(x)
+    x = nn.gelu(checkpoint_name(x, 'hidden'), approximate=False)
+    return Linear(channels, self.dtype, name='fc2')(x)
+
+
+class Block(nn.Module):
+  """Attention, then MLP; each normalised before and added to its input.
+
+  Attributes:
+    num_heads: attention heads.
+    window: window of local attention, or None for global attention.
+    fine_size: tokens that the fine level of the pyramid is pooled to.
+    coarse_size: the same of the coarse level, or None without one.
+    drop_path_rate: probability of skipping a branch, drawn for every sample.
+    dtype: what to compute in.
+  """
+
+  num_heads: int
+  window: Size | None
+  fine_size: Size
+  coarse_size: Size | None
+  drop_path_rate: float
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c'], train: bool
+  ) -> Float[Array, 'b d h w c']:
+    drop_path = nn.Dropout(
+      self.drop_path_rate,
+      broadcast_dims=(1, 2, 3, 4),
+      deterministic=not train,
+    )
+    y = layer_norm(self.dtype, name='norm1')(x)
+    if self.window is not None:
+      attention = LocalWindowAttention(
+        self.num_heads, self.window, self.dtype, name='attn'
+      )
+      y = attention(y)
+    else:
+      attention = GlobalPyramidAttention(
+        self.num_heads,
+        self.fine_size,
+        self.coarse_size,
+        self.dtype,
+        name='attn',
+      )
+      y = attention(y, train)
+    x = checkpoint_name(x + drop_path(y), 'attended')
+    y = layer_norm(self.dtype, name='norm2')(x)
+    return x + drop_path(Mlp(self.dtype, name='mlp')(y))
+
+
+def remat_block(remat: str) -> Any:
+  """Returns Block, recomputing in the backward pass what `remat` says.
+
+  'none': keeps all activations but the attention scores.
+  'elementwise': keeps what matrix products and attention put out, and makes
+    norms, GELU, pooled tokens and drop path anew: little arithmetic, more than
+    half of the memory.
+  'block': keeps only the input of each block: least memory, a third more
+    arithmetic.
+  """
+  if remat == 'none':
+    return Block
+  if remat == 'elementwise':
+    policy = jax.checkpoint_policies.save_only_these_names(
+      'qkv', 'attention', 'attended', 'hidden'
+    )
+  elif remat == 'block':
+    policy = None
+  else:
+    raise ValueError(
+      f"model.remat is {remat!r}; expected 'none', 'elementwise' or 'block'"
+    )
+  return nn.remat(Block, static_argnums=(2,), policy=policy)
+
+
+class Backbone(nn.Module):
+  """Four stages of patch embedding and blocks; see DualFormer."""
+
+  depths: tuple[int, ...]
+  embed_dims: tuple[int, ...]
+  num_heads: tuple[int, ...]
+  window: Size
+  fine_sizes: tuple[Size, ...]
+  coarse_sizes: tuple[Size | None, ...]
+  drop_path_rate: float
+  remat: str
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b t y x 3'], train: bool
+  ) -> Float[Array, 'b d h w c']:
+    block = remat_block(self.remat)
+    rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)))
+    for stage, depth in enumerate(self.depths):
+      x = PatchEmbedding(
+        (2, 4, 4) if stage == 0 else (1, 2, 2),
+        self.embed_dims[stage],
+        self.dtype,
+        name=f'patch_embeds_{stage}',
+      )(x)
+      for index in range(depth):
+        x = block(
+          self.num_heads[stage],
+          self.window if index % 2 == 0 else None,
+          self.fine_sizes[stage],
+          self.coarse_sizes[stage],
+          float(next(rates)),
+          self.dtype,
+          name=f'blocks_{stage}_{index}',
+        )(x, train)
+        if index == 0:
+          name = f'pos_block_{stage}'
+          x = PositionalConvolution(self.dtype, name=name)(x)
+      self.sow('intermediates', f'stage_{stage}', x)
+    return layer_norm(self.dtype, name='norm')(x)
+
+
+@flax.struct.dataclass
+class Output:
+  """What the model says of a batch of clips, all float32.
+
+  Attributes:
+    logits: class scores.
+    features: what the head sees: the mean over tokens.
+    token_logits: class scores of every token; None without a token head.
+  """
+
+  logits: Float[Array, 'b k']
+  features: Float[Array, 'b c']
+  token_logits: Float[Array, 'b d h w k'] | None
+
+
+class DualFormer(nn.Module):
+  """A video classifier: backbone and head.
+
+  The fields are those of `config.model`. Sizes are (frames, rows, columns) of
+  tokens. `num_frames` and `image_size` fix the shapes of the pooling kernels.
+
+  Attributes:
+    depths: blocks of each stage; even blocks attend locally, odd globally.
+    embed_dims: channels of each stage.
+    num_heads: attention heads of each stage.
+    num_classes: classes, k.
+    num_frames: frames of a clip, t.
+    image_size: rows and columns of a clip, in pixels.
+    window: window of local attention.
+    fine_sizes: fine level of the pyramid of each stage.
+    coarse_sizes: coarse level of each stage, None without one.
+    drop_path_rate: of the last block; rises linearly from 0 over all blocks.
+    head_dropout: probability of dropping a channel before the classifier.
+    token_label: whether the head also scores every token.
+    remat: see `remat_block`.
+    dtype: 'float32' or 'bfloat16', what to compute in; parameters, norms and
+      softmax are float32 in any case.
+  """
+
+  depths: tuple[int, ...]
+  embed_dims: tuple[int, ...]
+  num_heads: tuple[int, ...]
+  num_classes: int
+  num_frames: int = 32
+  image_size: int = 224
+  window: Size = (8, 7, 7)
+  fine_sizes: tuple[Size, ...] = ((8, 7, 7), (8, 7, 7), (8, 7, 7), (16, 7, 7))
+  coarse_sizes: tuple[Size | None, ...] = ((4, 4, 4), (4, 4, 4), None, None)
+  drop_path_rate: float = 0.0
+  head_dropout: float = 0.5
+  token_label: bool = False
+  remat: str = 'elementwise'
+  dtype: str = 'bfloat16'
+
+  @nn.compact
+  def __call__(
+    self, clips: Float[Array, 'b t y x 3'], train: bool = False
+  ) -> Output:
+    expected = (self.num_frames, self.image_size, self.image_size, 3)
+    if clips.shape[1:] != expected:
+      raise ValueError(
+        f'clips have shape {clips.shape}; this model takes [batch, '
+        f'{", ".join(map(str, expected))}]: set model.num_frames and '
+        'model.image_size, or sample and crop to these'
+      )
+    tokens = Backbone(
+      self.depths,
+      self.embed_dims,
+      self.num_heads,
+      self.window,
+      self.fine_sizes,
+      self.coarse_sizes,
+      self.drop_path_rate,
+      self.remat,
+      self.dtype,
+      name='backbone',
+    )(clips.astype(self.dtype), train)
+    features = jnp.mean(tokens, axis=(1, 2, 3), dtype=jnp.float32)
+    settings = dict(
+      num_classes=self.num_classes,
+      dropout=self.head_dropout,
+      dtype=self.dtype,
+      name='cls_head',
+    )
+    if not self.token_label:
+      logits = ClassificationHead(**settings)(features, train)
+      return Output(logits, features, None)
+    head = TokenLabelHead(**settings, channels=self.embed_dims[-1])
+    return Output(
+      head(features, train), features, head.token_logits(tokens, train)
+    )
+
+  def input_shape(self) -> tuple[int, int, int, int, int]:
+    """Returns the shape of a batch of one clip."""
+    return (1, self.num_frames, self.image_size, self.image_size, 3)

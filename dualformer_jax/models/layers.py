@@ -1,0 +1,235 @@
+"""The layers that DualFormer is made of, with PyTorch's names and defaults."""
+
+import math
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float
+
+Size = tuple[int, int, int]
+
+
+def matmul_precision(dtype: str) -> jax.lax.Precision:
+  """Float32 means float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
+  if jnp.dtype(dtype) == jnp.float32:
+    return jax.lax.Precision.HIGHEST
+  return jax.lax.Precision.DEFAULT
+
+
+def layer_norm(dtype: str, name: str) -> nn.LayerNorm:
+  """LayerNorm over channels, epsilon 1e-5, computed in float32."""
+  return nn.LayerNorm(
+    epsilon=1e-5, use_fast_variance=False, dtype=dtype, name=name
+  )
+
+
+class Linear(nn.Module):
+  """A linear layer, possibly from or to several axes (such as heads).
+
+  Weights start as a normal distribution of `std`, biases at zero. (The
+  published code truncates at 100 standard deviations, which is never.)
+
+  Attributes:
+    features: size of the output axis or axes.
+    dtype: what to compute in; parameters are float32.
+    inputs: how many last axes of the input are contracted.
+    std: standard deviation of the initial weights.
+  """
+
+  features: int | Sequence[int]
+  dtype: str
+  inputs: int = 1
+  std: float = 0.02
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '... i']) -> Float[Array, '...']:
+    features = (
+      (self.features,)
+      if isinstance(self.features, int)
+      else tuple(self.features)
+    )
+    axes = tuple(range(-self.inputs, 0))
+    shape = x.shape[x.ndim - self.inputs :] + features
+    kernel = self.param('kernel', nn.initializers.normal(self.std), shape)
+    bias = self.param('bias', nn.initializers.zeros, features)
+    dtype = jnp.dtype(self.dtype)
+    x = jnp.tensordot(
+      x.astype(dtype),
+      kernel.astype(dtype),
+      axes=(axes, tuple(range(self.inputs))),
+      precision=matmul_precision(self.dtype),
+    )
+    return x + bias.astype(dtype)
+
+
+def _conv_init(fan_in: int):
+  """PyTorch's default for convolutions: uniform within 1 / sqrt(fan_in)."""
+  bound = fan_in**-0.5
+
+  def init(key, shape, dtype=jnp.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class PatchEmbedding(nn.Module):
+  """A convolution whose kernel is its stride, then LayerNorm.
+
+  What a last, incomplete patch would hold is left out, as by a convolution
+  without padding.
+  """
+
+  patch: Size
+  features: int
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b t y x i']
+  ) -> Float[Array, 'b d h w c']:
+    x = _blocks(x, self.patch)
+    x = rearrange(x, 'b d i h j w k c -> b d h w i j k c')
+    x = PatchProjection(self.features, self.dtype, name='proj')(x)
+    return layer_norm(self.dtype, name='norm')(x)
+
+
+class PatchProjection(nn.Module):
+  """Linear from patches to features; initialised as a convolution is."""
+
+  features: int
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w i j k p']
+  ) -> Float[Array, 'b d h w c']:
+    init = _conv_init(math.prod(x.shape[4:]))
+    kernel = self.param('kernel', init, (*x.shape[4:], self.features))
+    bias = self.param('bias', init, (self.features,))
+    dtype = jnp.dtype(self.dtype)
+    x = jnp.dot(
+      x.reshape(*x.shape[:4], -1).astype(dtype),
+      kernel.reshape(-1, self.features).astype(dtype),
+      precision=matmul_precision(self.dtype),
+    )
+    return x + bias.astype(dtype)
+
+
+class DepthwisePooling(nn.Module):
+  """A depthwise convolution whose kernel is its stride: a weighted block sum.
+
+  Rows that do not fill a last block are left out, as by a convolution without
+  padding.
+  """
+
+  kernel_size: Size
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c']
+  ) -> Float[Array, 'b pd ph pw c']:
+    channels = x.shape[-1]
+    init = _conv_init(math.prod(self.kernel_size))
+    kernel = self.param('kernel', init, (*self.kernel_size, channels))
+    bias = self.param('bias', init, (channels,))
+    dtype = jnp.dtype(self.dtype)
+    x = _blocks(x, self.kernel_size).astype(dtype)
+    kernel = rearrange(kernel, 'i j k c -> i 1 j 1 k c').astype(dtype)
+    # A sum of products in float32, which XLA fuses into one pass over x.
+    x = jnp.sum(x * kernel, axis=(2, 4, 6), dtype=jnp.float32)
+    return (x + bias).astype(dtype)
+
+
+def _blocks(
+  x: Float[Array, 'b t y x c'], size: Size
+) -> Float[Array, 'b d i h j w k c']:
+  """Splits into blocks of `size`, leaving out what does not fill one."""
+  d, h, w = (n // s for n, s in zip(x.shape[1:4], size, strict=True))
+  i, j, k = size
+  x = x[:, : d * i, : h * j, : w * k]
+  return x.reshape(x.shape[0], d, i, h, j, w, k, x.shape[-1])
+
+
+class PositionalConvolution(nn.Module):
+  """A depthwise 3x3x3 convolution, zero-padded, plus its input (PEG).
+
+  A sum of 27 shifted products: XLA's general depthwise 3D convolution is
+  hundreds of times slower on a CPU.
+  """
+
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c']
+  ) -> Float[Array, 'b d h w c']:
+    return x + DepthwiseConvolution(self.dtype, name='proj_0')(x)
+
+
+class DepthwiseConvolution(nn.Module):
+  """Depthwise 3x3x3 convolution, stride 1, zero padding of 1, with bias."""
+
+  dtype: str
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c']
+  ) -> Float[Array, 'b d h w c']:
+    channels = x.shape[-1]
+    init = _conv_init(27)
+    kernel = self.param('kernel', init, (3, 3, 3, channels))
+    bias = self.param('bias', init, (channels,))
+    dtype = jnp.dtype(self.dtype)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
+    d, h, w = x.shape[1:4]
+    padded = jnp.pad(x, [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
+    y = bias.astype(dtype)
+    for i in range(3):
+      for j in range(3):
+        for k in range(3):
+          y += padded[:, i : i + d, j : j + h, k : k + w] * kernel[i, j, k]
+    return y
+
+
+class BatchNorm(nn.Module):
+  """PyTorch's BatchNorm: the running variance takes the unbiased variance.
+
+  Under one jitted program over a mesh the batch is the global one. Statistics
+  are float32; `num_batches_tracked` is kept only to be written back.
+  """
+
+  dtype: str
+  momentum: float = 0.9
+  epsilon: float = 1e-5
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'b d h w c'], train: bool
+  ) -> Float[Array, 'b d h w c']:
+    channels = x.shape[-1]
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+    running_mean = self.variable('batch_stats', 'mean', jnp.zeros, channels)
+    running_var = self.variable('batch_stats', 'var', jnp.ones, channels)
+    count = self.variable(
+      'batch_stats', 'num_batches_tracked', jnp.zeros, (), jnp.int32
+    )
+    x = x.astype(jnp.float32)
+    if train:
+      axes = tuple(range(x.ndim - 1))
+      mean, var = x.mean(axes), x.var(axes)
+      if not self.is_initializing():
+        size = x.size // channels
+        keep = self.momentum
+        unbiased = var * (size / max(1, size - 1))
+        running_mean.value = keep * running_mean.value + (1 - keep) * mean
+        running_var.value = keep * running_var.value + (1 - keep) * unbiased
+        count.value += 1
+    else:
+      mean, var = running_mean.value, running_var.value
+    x = (x - mean) * (scale * jax.lax.rsqrt(var + self.epsilon)) + bias
+    return x.astype(self.dtype)

@@ -1,0 +1,1 @@
+"""How it learns: step, optimiser, sharding, checkpoints, loop."""
