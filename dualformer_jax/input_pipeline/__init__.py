@@ -1,0 +1,1 @@
+"""Where clips come from: NumPy, PyAV, OpenCV and Grain; nothing of Flax."""
