@@ -7,22 +7,23 @@ functions here agree on it. Rotation metadata is not applied.
 from __future__ import annotations
 
 import bisect
+import collections
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import contextlib
 import dataclasses
 import fractions
 import io
 import itertools
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import av.container
+import av.error
 import av.stream
 import av.video.stream
-import numpy as np
 from jaxtyping import UInt8
+import numpy as np
 
 from dualformer_jax import errors
 
@@ -35,14 +36,18 @@ MAX_PIXELS = 8192 * 8192
 MAX_BYTES = 8 << 30
 # The container formats that are opened. Playlists (HLS, DASH, concat), devices
 # and image patterns are left out: they make FFmpeg open other files and URLs.
-FORMATS = (
-    'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,mpeg,mpegts,mpegvideo,'
-    'asf,flv,ogg,rm,m4v,h264,hevc,ivf,nut,mxf,dv,apng,webp_anim'
+_FORMATS = (
+  'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,'
+  'asf,flv,ogg,rm,m4v,h264,hevc,ivf,nut,mxf,dv'
 )
-# One access unit, one frame: for these, packets can be counted for frames.
+# Codecs whose packets in an MP4 file hold one frame each.
 _ONE_FRAME_A_PACKET = frozenset({'h264', 'hevc', 'av1', 'vp9'})
+# Frames between two wanted ones that are sooner decoded than sought past.
+_MAX_SKIPPED = 8
 _DEFAULT_FPS = 25.0
 _MAX_FPS = 1000.0
+# What PyAV raises, most of it as an FFmpegError that is one of these too.
+_FAILURES = (av.error.FFmpegError, OSError, ValueError, TypeError, MemoryError)
 
 
 class VideoError(errors.UserError):
@@ -75,154 +80,6 @@ class VideoInfo:
   fps: float
 
 
-@dataclasses.dataclass(frozen=True)
-class _Timetable:
-  """When each frame is shown, in the stream's time base, from packet headers.
-
-  Attributes:
-    times: presentation times, rising; the place in it is the frame's index.
-    keyframes: indices of the frames that decoding can start at, rising; the
-      first is 0.
-  """
-
-  times: list[int]
-  keyframes: list[int]
-
-
-@contextlib.contextmanager
-def _open(
-    video: Source,
-) -> Iterator[tuple[av.container.InputContainer, av.video.stream.VideoStream]]:
-  """The container and its video stream; any failure within is a VideoError."""
-  if isinstance(video, (bytes, bytearray, memoryview)):
-    path, file = '', io.BytesIO(video)
-    size = len(video)
-  else:
-    # The prefix keeps FFmpeg from taking a name for a URL.
-    path = os.fspath(video)
-    file = f'file:{os.path.abspath(path)}'
-    if os.path.isdir(path):
-      raise VideoError('is a folder, not a video', path)
-    size = os.path.getsize(path) if os.path.exists(path) else -1
-  try:
-    if not size:
-      raise VideoError('is empty (0 bytes)', path)
-    with av.open(
-        file, metadata_errors='ignore', options={'format_whitelist': FORMATS}
-    ) as container:
-      stream = next(
-          (
-              stream
-              for stream in container.streams.video
-              if not stream.disposition & av.stream.Disposition.attached_pic
-          ),
-          None,
-      )
-      if stream is None:
-        raise VideoError('holds no video stream', path)
-      context = stream.codec_context
-      if context.width * context.height > MAX_PIXELS:
-        raise VideoError(
-            f'claims frames of {context.width}x{context.height} pixels;'
-            f' at most {MAX_PIXELS} pixels are read',
-            path,
-        )
-      # Threads here would only contend with the loader's, which decodes one
-      # video on each of its own.
-      stream.thread_type = 'NONE'
-      context.thread_count = 1
-      # Holds for sizes that change on the way, too.
-      context.options = {'max_pixels': str(MAX_PIXELS)}
-      yield container, stream
-  except VideoError as error:
-    raise VideoError(error.reason, path) from error.__cause__
-  except av.FFmpegError as error:
-    reason = error.strerror or str(error)
-    raise VideoError(f'cannot be decoded: {reason}', path) from error
-  except (ValueError, TypeError, OverflowError, MemoryError) as error:
-    # What PyAV itself raises, for a pixel format it cannot convert say.
-    raise VideoError(f'cannot be decoded: {error}', path) from error
-
-
-def _timetable(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-) -> _Timetable | None:
-  """Reads the packets without decoding; None where times would not be exact.
-
-  Only MP4-like files have it: elsewhere times may be missing or out of order
-  (AVI), or a packet need not hold one frame (WebM). Leaves the container at
-  its end.
-  """
-  if 'mp4' not in container.format.name.split(','):
-    return None
-  if stream.codec_context.name not in _ONE_FRAME_A_PACKET:
-    return None
-  times, keyframes = [], []
-  for packet in container.demux(stream):
-    if packet.size == 0:  # The one that flushes the decoder.
-      continue
-    if packet.is_corrupt:
-      raise VideoError(f'is cut short after {len(times)} frames')
-    if packet.pts is None:
-      return None
-    if packet.is_discard:  # Before the start that an edit list sets.
-      return None
-    times.append(packet.pts)
-    if packet.is_keyframe:
-      keyframes.append(packet.pts)
-  times.sort()
-  place = {time: index for index, time in enumerate(times)}
-  if not times or len(place) != len(times):
-    return None
-  starts = sorted(place[time] for time in keyframes)
-  if not starts or starts[0] != 0:
-    return None
-  return _Timetable(times, starts)
-
-
-def _decoded(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-) -> Iterator[av.VideoFrame]:
-  """The frames from the container's position on, and how far it came."""
-  count = 0
-  size = None
-  try:
-    for packet in container.demux(stream):
-      if packet.is_corrupt:
-        raise VideoError(f'is cut short after {count} frames')
-      for frame in packet.decode():
-        size = size or (frame.width, frame.height)
-        if (frame.width, frame.height) != size:
-          raise VideoError(
-              f'changes from {size[0]}x{size[1]} to'
-              f' {frame.width}x{frame.height} pixels after {count} frames'
-          )
-        yield frame
-        count += 1
-  except av.FFmpegError as error:
-    reason = error.strerror or str(error)
-    raise VideoError(
-        f'cannot be decoded after {count} frames: {reason}'
-    ) from error
-
-
-def _rgb(frame: av.VideoFrame) -> Frame:
-  # Without threads=1 the colour conversion starts threads, and is slower.
-  return frame.to_ndarray(format='rgb24', threads=1)
-
-
-def _count(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-) -> int:
-  count = sum(1 for _ in _decoded(container, stream))
-  if not count:
-    raise VideoError('holds no frames')
-  return count
-
-
 def probe(video: Source) -> VideoInfo:
   """Decodes everything once, to know that it can be.
 
@@ -232,31 +89,28 @@ def probe(video: Source) -> VideoInfo:
   Raises:
     VideoError: the video cannot be decoded to its end, or has no frame.
   """
-  with _open(video) as (container, stream):
-    frames = _decoded(container, stream)
-    first = next(frames, None)
-    if first is None:
-      raise VideoError('holds no frames')
-    count = 1 + sum(1 for _ in frames)
-    rate = stream.average_rate or stream.guessed_rate
-    fps = float(rate) if rate else 0.0
-    if not 0.0 < fps <= _MAX_FPS:
-      fps = _DEFAULT_FPS
-    return VideoInfo(count, first.height, first.width, fps)
+  with _open(video) as reader:
+    count, height, width = 0, 0, 0
+    for frame in reader.frames():
+      count, height, width = count + 1, frame.height, frame.width
+    reader.check_holds(0, count)
+    return VideoInfo(count, height, width, reader.fps())
 
 
 def count_frames(video: Source) -> int:
-  """The number of frames: from MP4 packet headers, else by decoding.
+  """The number of frames: from an MP4 file's packets, else by decoding.
 
   Raises:
     VideoError: the video cannot be read, or has no frame.
   """
-  with _open(video) as (container, stream):
-    timetable = _timetable(container, stream)
+  with _open(video) as reader:
+    timetable = reader.timetable()
     if timetable is not None:
       return len(timetable.times)
-  with _open(video) as (container, stream):
-    return _count(container, stream)
+  with _open(video) as reader:
+    count = sum(1 for _ in reader.frames())
+    reader.check_holds(0, count)
+    return count
 
 
 def stream_frames(video: Source) -> Iterator[Frame]:
@@ -266,14 +120,12 @@ def stream_frames(video: Source) -> Iterator[Frame]:
     VideoError: while iterating, where the video cannot be decoded; or it has
       no frame.
   """
-  with _open(video) as (container, stream):
-    frames = _decoded(container, stream)
-    first = next(frames, None)
-    if first is None:
-      raise VideoError('holds no frames')
-    yield _rgb(first)
-    for frame in frames:
-      yield _rgb(frame)
+  with _open(video) as reader:
+    count = 0
+    for frame in reader.frames():
+      yield reader.rgb(frame)
+      count += 1
+    reader.check_holds(0, count)
 
 
 def decode_all(video: Source) -> UInt8[np.ndarray, 't h w 3']:
@@ -282,27 +134,25 @@ def decode_all(video: Source) -> UInt8[np.ndarray, 't h w 3']:
   Raises:
     VideoError: the video cannot be decoded, has no frame or is too large.
   """
-  frames: list[Frame] = []
+  frames = []
   for frame in stream_frames(video):
     frames.append(frame)
     if len(frames) * frame.nbytes > MAX_BYTES:
       raise VideoError(
-          f'is larger than {MAX_BYTES >> 30} GiB when decoded',
-          '' if isinstance(video, (bytes, bytearray, memoryview))
-          else os.fspath(video),
+        f'takes more than {MAX_BYTES >> 30} GiB when decoded', _path(video)
       )
   return np.stack(frames)
 
 
 def decode_frames(
-    video: Source,
-    indices: Sequence[int] | np.ndarray,
-    transform: Callable[[Frame], Frame] | None = None,
+  video: Source,
+  indices: Sequence[int] | np.ndarray,
+  transform: Callable[[Frame], Frame] | None = None,
 ) -> UInt8[np.ndarray, 't h w 3']:
   """The frames of the given indices, RGB, decoding no more than needed.
 
   MP4 files are entered at the last keyframe before a wanted frame; all others
-  are decoded from their start, where seeking would not be exact.
+  are decoded from their start, since seeking would not be exact.
 
   Args:
     video: the file's content, or its path.
@@ -316,93 +166,26 @@ def decode_frames(
   """
   order = [int(index) for index in indices]
   if not order or min(order) < 0:
-    raise ValueError(f'indices must be at least one, none negative: {order}')
+    raise ValueError(f'expected indices of 0 or more, got {order}')
   wanted = sorted(set(order))
-  convert = _rgb if transform is None else lambda f: transform(_rgb(f))
   frames = None
-  with _open(video) as (container, stream):
-    timetable = _timetable(container, stream)
+  with _open(video) as reader:
+    timetable = reader.timetable()
     if timetable is not None:
-      _check_last(wanted[-1], len(timetable.times))
-      frames = _by_seeking(container, stream, timetable, wanted, convert)
+      reader.check_holds(wanted[-1], len(timetable.times))
+      frames = _decode_by_seeking(reader, timetable, wanted, transform)
   if frames is None:
-    with _open(video) as (container, stream):
-      frames = _from_the_start(container, stream, wanted, convert)
+    with _open(video) as reader:
+      frames = _decode_by_counting(reader, wanted, transform)
   return np.stack([frames[index] for index in order])
 
 
-def _check_last(index: int, count: int) -> None:
-  if not count:
-    raise VideoError('holds no frames')
-  if index >= count:
-    raise VideoError(f'holds {count} frames, and frame {index} is wanted')
-
-
-def _from_the_start(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-    wanted: list[int],
-    convert: Callable[[av.VideoFrame], Frame],
-) -> dict[int, Frame]:
-  """Frames by counting."""
-  wanted_set = set(wanted)
-  frames: dict[int, Frame] = {}
-  count = 0
-  for index, frame in enumerate(_decoded(container, stream)):
-    count = index + 1
-    if index in wanted_set:
-      frames[index] = convert(frame)
-      if index == wanted[-1]:
-        return frames
-  _check_last(wanted[-1], count)
-  raise AssertionError('unreachable')
-
-
-def _by_seeking(
-    container: av.container.InputContainer,
-    stream: av.video.stream.VideoStream,
-    timetable: _Timetable,
-    wanted: list[int],
-    convert: Callable[[av.VideoFrame], Frame],
-) -> dict[int, Frame] | None:
-  """Frames by their times; None where that turns out not to be exact."""
-  place = {time: index for index, time in enumerate(timetable.times)}
-  wanted_set = set(wanted)
-  frames: dict[int, Frame] = {}
-
-  def start(index: int) -> int:
-    """The keyframe that decoding this frame starts at."""
-    starts = timetable.keyframes
-    return starts[bisect.bisect_right(starts, index) - 1]
-
-  left = 0
-  while left < len(wanted):
-    # A run of wanted frames without a keyframe worth seeking to between them.
-    right = left + 1
-    while right < len(wanted) and start(wanted[right]) <= wanted[right - 1] + 8:
-      right += 1
-    first, last = start(wanted[left]), wanted[right - 1]
-    container.seek(timetable.times[first], stream=stream)
-    for frame in _decoded(container, stream):
-      index = place.get(frame.pts)
-      if index is None or frame.is_corrupt:
-        return None
-      if index in wanted_set:
-        frames[index] = convert(frame)
-      if index >= last:
-        break
-    if any(index not in frames for index in wanted[left:right]):
-      return None
-    left = right
-  return frames
-
-
 def encode_mp4(
-    frames: Iterable[Frame] | UInt8[np.ndarray, 't h w 3'],
-    *,
-    fps: float,
-    crf: int = 18,
-    keyframe_interval: int = 16,
+  frames: Iterable[Frame] | UInt8[np.ndarray, 't h w 3'],
+  *,
+  fps: float,
+  crf: int = 18,
+  keyframe_interval: int = 16,
 ) -> bytes:
   """H.264 in MP4, made to be entered anywhere and decoded fast.
 
@@ -422,29 +205,28 @@ def encode_mp4(
     ValueError: `fps` is not in (0, 1000], or a frame is not uint8 [h, w, 3] of
       the size of the first.
   """
-  if not 0.0 < fps <= _MAX_FPS or not math.isfinite(fps):
-    raise ValueError(f'fps must be in (0, {_MAX_FPS:g}], not {fps}')
+  if not 0.0 < fps <= _MAX_FPS:
+    raise ValueError(f'fps must be in (0, {_MAX_FPS:g}], got {fps}')
   iterator = iter(frames)
   first = next(iterator, None)
   if first is None:
-    raise VideoError('there are no frames to encode')
+    raise VideoError('holds no frames')
   height, width = first.shape[:2]
-  options = {
-      'crf': str(crf),
-      # Slower presets gave larger files here, and take four times as long.
-      'preset': 'veryfast',
-      'tune': 'fastdecode',
-      'x264-params': (
-          f'keyint={keyframe_interval}:min-keyint={keyframe_interval}'
-          ':scenecut=0:bframes=0:threads=1'
-      ),
-  }
   file = io.BytesIO()
   with av.open(file, 'w', format='mp4') as container:
-    stream: Any = container.add_stream(
-        'libx264',
-        rate=fractions.Fraction(fps).limit_denominator(1001),
-        options=options,
+    stream = container.add_stream(
+      'libx264',
+      rate=fractions.Fraction(fps).limit_denominator(1001),
+      options={
+        'crf': str(crf),
+        # Takes a quarter of the default's time, and no more bytes.
+        'preset': 'veryfast',
+        'tune': 'fastdecode',
+        'x264-params': (
+          f'keyint={keyframe_interval}:min-keyint={keyframe_interval}'
+          ':scenecut=0:bframes=0:threads=1'
+        ),
+      },
     )
     stream.height, stream.width = (max(2, s - s % 2) for s in (height, width))
     stream.pix_fmt = 'yuv420p'
@@ -452,16 +234,306 @@ def encode_mp4(
     for index, frame in enumerate(itertools.chain([first], iterator)):
       if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
         raise ValueError(
-            f'frame {index} is {frame.dtype} {frame.shape}, expected uint8'
-            f' {(height, width, 3)}'
+          f'frame {index} is {frame.dtype} {frame.shape}, expected uint8'
+          f' {(height, width, 3)}'
         )
-      if 1 in (height, width):
-        frame = np.pad(
-            frame, ((0, height == 1), (0, width == 1), (0, 0)), mode='edge'
-        )
+      missing = ((0, height == 1), (0, width == 1), (0, 0))
+      frame = np.pad(frame, missing, mode='edge') if 1 in frame.shape else frame
       frame = np.ascontiguousarray(frame[: stream.height, : stream.width])
       picture = av.VideoFrame.from_ndarray(frame, format='rgb24')
       picture.pts = index
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
   return file.getvalue()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timetable:
+  """When each frame is shown, in the stream's time base.
+
+  Attributes:
+    times: presentation times, rising; the place in it is the frame's index.
+    keyframes: indices of the frames that decoding can start at, rising; the
+      first is 0.
+  """
+
+  times: list[int]
+  keyframes: list[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Reader:
+  """An open video file; whatever fails in it is a VideoError.
+
+  Attributes:
+    container: what packets are read from, moving on as they are.
+    stream: the video stream in it.
+    is_whole: False when the file is shorter than its format says.
+    path: of the file; empty where only its content is known.
+  """
+
+  container: av.container.InputContainer
+  stream: av.video.stream.VideoStream
+  is_whole: bool
+  path: str
+
+  def check_holds(self, index: int, count: int) -> None:
+    """Raises a VideoError unless there is a frame of that index."""
+    if not count:
+      raise VideoError('holds no frames', self.path)
+    if index >= count:
+      raise VideoError(
+        f'holds {count} frames, and frame {index} is wanted', self.path
+      )
+
+  def fps(self) -> float:
+    rate = float(self.stream.average_rate or self.stream.guessed_rate or 0)
+    return rate if 0.0 < rate <= _MAX_FPS else _DEFAULT_FPS
+
+  def rgb(self, frame: av.VideoFrame) -> Frame:
+    try:
+      # Without threads=1 the conversion starts threads, and is slower.
+      return frame.to_ndarray(format='rgb24', threads=1)
+    except _FAILURES as error:
+      raise VideoError(
+        f'cannot be converted to RGB: {_reason(error)}', self.path
+      ) from error
+
+  def frames(self) -> Iterator[av.VideoFrame]:
+    """The frames from the container's position to its end."""
+    count = 0
+    size = None
+    packets = self.container.demux(self.stream)
+    while True:
+      try:
+        packet = next(packets, None)
+        if packet is None:
+          break
+        decoded = packet.decode()
+      except _FAILURES as error:
+        raise VideoError(
+          f'cannot be decoded after {count} frames: {_reason(error)}',
+          self.path,
+        ) from error
+      if packet.is_corrupt:
+        raise VideoError(f'is cut short after {count} frames', self.path)
+      for frame in decoded:
+        size = size or (frame.width, frame.height)
+        if (frame.width, frame.height) != size:
+          raise VideoError(
+            f'changes from {size[0]}x{size[1]} to'
+            f' {frame.width}x{frame.height} pixels after {count} frames',
+            self.path,
+          )
+        yield frame
+        count += 1
+    # An AVI file that only lost the index at its end has all of its frames.
+    has_all = (
+      self.container.format.name == 'avi' and 0 < self.stream.frames <= count
+    )
+    if not self.is_whole and not has_all:
+      raise VideoError(f'is cut short after {count} frames', self.path)
+
+  def timetable(self) -> _Timetable | None:
+    """Reads all packets undecoded; None where they do not tell frames exactly.
+
+    Only MP4 files have it: elsewhere times may be missing or out of order
+    (AVI), and a packet need not hold one frame (WebM).
+    """
+    if 'mp4' not in self.container.format.name.split(','):
+      return None
+    if self.stream.codec_context.name not in _ONE_FRAME_A_PACKET:
+      return None
+    times, keyframes = [], []
+    packets = self.container.demux(self.stream)
+    while True:
+      try:
+        packet = next(packets, None)
+      except _FAILURES as error:
+        raise VideoError(
+          f'cannot be read after {len(times)} frames: {_reason(error)}',
+          self.path,
+        ) from error
+      if packet is None:
+        break
+      if packet.size == 0:  # The one that flushes the decoder.
+        continue
+      if packet.is_corrupt:
+        raise VideoError(f'is cut short after {len(times)} frames', self.path)
+      # An edit list discards what lies before the start that it sets.
+      if packet.pts is None or packet.is_discard:
+        return None
+      times.append(packet.pts)
+      if packet.is_keyframe:
+        keyframes.append(packet.pts)
+    times.sort()
+    place = {time: index for index, time in enumerate(times)}
+    starts = sorted(place[time] for time in keyframes)
+    if len(place) != len(times) or not starts or starts[0] != 0:
+      return None
+    return _Timetable(times, starts)
+
+
+@contextlib.contextmanager
+def _open(video: Source) -> Iterator[_Reader]:
+  """Opens a video, and closes it in any case."""
+  path = _path(video)
+  # These reach the decoder too, which tries the first frames while opening.
+  options = {
+    'format_whitelist': _FORMATS,
+    'max_pixels': str(MAX_PIXELS),
+    'threads': '1',
+  }
+  with contextlib.ExitStack() as stack:
+    try:
+      if isinstance(video, (bytes, bytearray, memoryview)):
+        file = stack.enter_context(io.BytesIO(video))
+      else:
+        file = stack.enter_context(open(path, 'rb'))
+      size = file.seek(0, io.SEEK_END)
+      if not size:
+        raise VideoError('is empty (0 bytes)', path)
+      is_whole = _is_whole(file, size)
+      file.seek(0)
+      # A path is read faster by FFmpeg itself; the prefix keeps it from taking
+      # a name for a URL.
+      container = av.open(
+        f'file:{os.path.abspath(path)}' if path else file,
+        metadata_errors='ignore',
+        options=options,
+      )
+    except errors.UserError:
+      raise
+    except _FAILURES as error:
+      raise VideoError(f'cannot be decoded: {_reason(error)}', path) from error
+    stack.enter_context(container)
+    assert isinstance(container, av.container.InputContainer)
+    pictures = av.stream.Disposition.attached_pic
+    streams = (
+      s for s in container.streams.video if not s.disposition & pictures
+    )
+    stream = next(streams, None)
+    if stream is None:
+      raise VideoError('holds no video stream', path)
+    # None, against its annotation, where FFmpeg has no decoder for it.
+    context: Any = stream.codec_context
+    if context is None:
+      raise VideoError('is in a codec that FFmpeg cannot decode', path)
+    if context.width * context.height > MAX_PIXELS:
+      raise VideoError(
+        f'claims frames of {context.width}x{context.height} pixels; at most'
+        f' {MAX_PIXELS} pixels are read',
+        path,
+      )
+    # Threads here would only contend with the loader's, which decodes one
+    # video on each of its own.
+    stream.thread_type = 'NONE'
+    context.thread_count = 1
+    # For sizes that change on the way.
+    context.options = {'max_pixels': str(MAX_PIXELS)}
+    yield _Reader(container, stream, is_whole, path)
+
+
+def _path(video: Source) -> str:
+  return os.fspath(video) if isinstance(video, (str, os.PathLike)) else ''
+
+
+def _reason(error: BaseException) -> str:
+  return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
+def _is_whole(file: BinaryIO, size: int) -> bool:
+  """Whether nothing is missing at the end, as far as the format tells.
+
+  FFmpeg reads AVI, WebM and GIF files that were cut short without a word.
+  """
+  file.seek(0)
+  head = file.read(64)
+  if head.startswith(b'RIFF'):
+    return 8 + int.from_bytes(head[4:8], 'little') <= size
+  if head.startswith(b'\x1aE\xdf\xa3'):  # EBML: a header, then one segment.
+    header, place = _ebml_size(head, 4)
+    place += header
+    if head[place : place + 4] != b'\x18S\x80g':
+      return True
+    segment, place = _ebml_size(head, place + 4)
+    return place + segment <= size
+  if head.startswith(b'GIF'):
+    file.seek(max(0, size - 64))
+    return file.read().rstrip(b'\0').endswith(b';')
+  return True
+
+
+def _ebml_size(data: bytes, place: int) -> tuple[int, int]:
+  """An element's size (0 where it is not known) and the place after it."""
+  length = 9 - data[place].bit_length() if place < len(data) else 1
+  mask = (1 << 7 * length) - 1
+  value = int.from_bytes(data[place : place + length], 'big') & mask
+  return (0 if value == mask else value), place + length
+
+
+def _decode_by_counting(
+  reader: _Reader,
+  wanted: list[int],
+  transform: Callable[[Frame], Frame] | None,
+) -> dict[int, Frame]:
+  """The wanted frames (rising indices), counted from the start."""
+  left = set(wanted)
+  frames: dict[int, Frame] = {}
+  count = 0
+  for index, frame in enumerate(reader.frames()):
+    count = index + 1
+    if index in left:
+      rgb = reader.rgb(frame)
+      frames[index] = rgb if transform is None else transform(rgb)
+      left.remove(index)
+      if not left:
+        break
+  if left:
+    reader.check_holds(wanted[-1], count)
+  return frames
+
+
+def _decode_by_seeking(
+  reader: _Reader,
+  timetable: _Timetable,
+  wanted: list[int],
+  transform: Callable[[Frame], Frame] | None,
+) -> dict[int, Frame] | None:
+  """The wanted frames (rising indices), told by their times.
+
+  Returns None where the file does not keep to its timetable.
+  """
+  place = {time: index for index, time in enumerate(timetable.times)}
+  frames: dict[int, Frame] = {}
+
+  def start(index: int) -> int:
+    """The keyframe that a frame is decoded from."""
+    starts = timetable.keyframes
+    return starts[bisect.bisect_right(starts, index) - 1]
+
+  pending = collections.deque(wanted)
+  while pending:
+    # Frames that are decoded in one go.
+    run = [pending.popleft()]
+    while pending and start(pending[0]) - run[-1] <= _MAX_SKIPPED:
+      run.append(pending.popleft())
+    try:
+      time = timetable.times[start(run[0])]
+      reader.container.seek(time, stream=reader.stream)
+    except _FAILURES:
+      return None
+    left = set(run)
+    for frame in reader.frames():
+      index = None if frame.pts is None else place.get(frame.pts)
+      if index is None or frame.is_corrupt:
+        return None
+      if index in left:
+        rgb = reader.rgb(frame)
+        frames[index] = rgb if transform is None else transform(rgb)
+        left.remove(index)
+      if index >= run[-1]:
+        break
+    if left:
+      return None
+  return frames
