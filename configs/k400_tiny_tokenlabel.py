@@ -1,0 +1,30 @@
+r"""
+python -m dualformer_jax.main --config=configs/k400_tiny_tokenlabel.py \
+  --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
+
+DualFormer-T with the token-label head on Kinetics-400.
+
+Before it, prepare the videos, and inflate a DualFormer-T of images
+(ImageNet-1K) to make INIT:
+
+  tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
+  python -m dualformer_jax.convert --config=configs/k400_tiny_tokenlabel.py \
+    --src=IMAGES.pth --dst=INIT
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name('common.py')))
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the recipe."""
+  config = common['get_config']()
+  # The head that a teacher's scores of every token train.
+  config.model.token_label = True
+  config.batch_size = 128
+  config.accumulation_steps = 2
+  return config

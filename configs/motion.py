@@ -1,0 +1,51 @@
+r"""
+python -m dualformer_jax.main --config=configs/motion.py --workdir=WORKDIR
+
+A small DualFormer that tells eight motions apart, from scratch, in minutes on
+two CPU cores. scripts/quickstart.sh runs it. Before it, render the videos:
+
+  tfds build data/motion --data_dir=~/tensorflow_datasets
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name('common.py')))
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the recipe."""
+  config = common['get_config']()
+  config.model.depths = (2, 2, 2, 2)
+  config.model.embed_dims = (16, 32, 64, 128)
+  config.model.num_heads = (1, 2, 4, 8)
+  config.model.num_classes = 8
+  config.model.num_frames = 16
+  config.model.image_size = 32
+  config.model.window = (8, 4, 4)
+  config.model.fine_sizes = ((8, 4, 4),) * 4
+  config.model.coarse_sizes = ((4, 2, 2), None, None, None)
+  config.model.drop_path_rate = 0.0
+  config.model.head_dropout = 0.0
+  config.model.dtype = 'float32'
+  config.dataset.name = 'motion'
+  config.dataset.frame_interval = 1
+  config.dataset.train_short_side = 32
+  # A mirror image moves the other way; the shape may be anywhere in the frame.
+  config.dataset.random_crop = False
+  config.dataset.flip = False
+  config.dataset.num_threads = 2
+  config.batch_size = 64
+  config.num_epochs = 10
+  config.optimizer.warmup_epochs = 1.0
+  # From scratch, all layers learn at the same rate.
+  config.optimizer.multipliers = (
+    ('backbone/pos_block.*', 1.0, 0.0),
+    ('.*', 1.0, 1.0),
+  )
+  config.validation.every_epochs = 2
+  config.test.num_clips = 1
+  config.checkpoint.every_steps = 200
+  return config

@@ -1,0 +1,44 @@
+r"""
+python -m dualformer_jax.main --config=configs/ucf101_small.py \
+  --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
+
+DualFormer-S on UCF-101, split 1: published with 97.5% top-1.
+
+Before it, prepare the videos:
+
+  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA \
+    --config=split1
+
+INIT is a DualFormer-S of Kinetics-400: a workdir of configs/k400_small.py,
+or a published .pth converted with dualformer_jax.convert.
+"""
+
+import pathlib
+import runpy
+
+from ml_collections import config_dict
+
+from dualformer_jax.models import variants
+
+common = runpy.run_path(str(pathlib.Path(__file__).with_name('common.py')))
+
+
+def get_config() -> config_dict.ConfigDict:
+  """Returns the recipe."""
+  config = common['get_config']()
+  config.model.update(variants.SMALL)
+  config.model.num_classes = 101
+  config.model.drop_path_rate = 0.3
+  config.dataset.name = 'ucf101/split1'
+  config.dataset.frame_interval = 4
+  config.dataset.pixel_mean = (104.0, 117.0, 128.0)
+  config.dataset.pixel_std = (1.0, 1.0, 1.0)
+  config.batch_size = 128
+  config.accumulation_steps = 4
+  config.num_epochs = 16
+  config.optimizer.warmup_epochs = 1.0
+  config.optimizer.weight_decay = 0.1
+  config.validation.every_epochs = 2
+  config.validation.num_clips = 4
+  config.test.num_crops = 3
+  return config
