@@ -70,9 +70,12 @@ _MAX_PICKLE_BYTES = 64 << 20
 # times its size is made to fill the memory.
 _MAX_EXPANSION = 20
 
-# What torch.save wrote before version 1.6: pickles in a row, this number first.
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+# What torch.save wrote before version 1.6: pickles in a row, these two first.
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_VERSION = 1001
 
+_FOREIGN = 'not a checkpoint written by torch.save'
+# What the libraries used here raise for files of another make.
 _DAMAGE = (
   zipfile.BadZipFile,
   zlib.error,
@@ -138,16 +141,14 @@ def read_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
   """
   try:
     with pathlib.Path(path).open('rb') as file:
-      start = file.read(len(_LEGACY_MAGIC))
-      if start == _LEGACY_MAGIC:
-        root, fetch = _read_legacy(file)
-      elif start.startswith(b'PK'):
+      start = file.read(2)
+      file.seek(0)
+      if start == b'PK':
         root, fetch = _read_zip(file)
+      elif start[:1] == pickle.PROTO:
+        root, fetch = _read_legacy(file)
       else:
-        raise UserError(
-          'not a checkpoint written by torch.save (neither a zip file nor of '
-          'the older format)'
-        )
+        raise UserError(_FOREIGN)
       return _arrays(_state_dict(root), functools.cache(fetch))
   except UserError as error:
     raise UserError(f'{path}: {error}') from None
@@ -172,7 +173,7 @@ def _read_zip(
     if name.endswith('/data.pkl') and name.count('/') == 1
   ]
   if len(pickles) != 1:
-    raise UserError('a zip file, but not one written by torch.save')
+    raise UserError(f'a zip file, but {_FOREIGN}')
   folder = pickles[0].removesuffix('data.pkl')
   budget = _MAX_EXPANSION * length + (1 << 20)
 
@@ -225,12 +226,10 @@ def _read_legacy(
   That is pickles in a row: a magic number, a version, facts of the machine, the
   object itself, the keys of the storages; then each storage's size and numbers.
   """
-  file.seek(0)
   content = file.read()
   data = io.BytesIO(content)
-  _unpickle(data)
-  if _unpickle(data) != 1001:
-    raise UserError('an unknown version of the format before PyTorch 1.6')
+  if _unpickle(data) != _LEGACY_MAGIC or _unpickle(data) != _LEGACY_VERSION:
+    raise UserError(_FOREIGN)
   machine = _unpickle(data)
   _refuse_big_endian(
     type(machine) is not dict or machine.get('little_endian') is not True
@@ -247,13 +246,12 @@ def _read_legacy(
       raise ValueError(f'storage {_quote(key)} has another size than announced')
     places[key] = data.tell()
     data.seek(_bytes(storages[key]), os.SEEK_CUR)
+    if data.tell() > len(content):
+      raise EOFError(f'ends {data.tell() - len(content)} bytes early')
 
   def read(storage: _Storage) -> bytes:
     begin = places[storage.key]
-    end = begin + _bytes(storage)
-    if end > len(content):
-      raise EOFError(f'ends {end - len(content)} bytes early')
-    return content[begin:end]
+    return content[begin : begin + _bytes(storage)]
 
   return root, read
 
@@ -489,7 +487,7 @@ def _view(tensor: _Tensor, fetch: Callable[[_Storage], bytes]) -> np.ndarray:
     )
   data = fetch(storage)
   if not count:
-    return np.empty(shape, storage.dtype)
+    return np.ndarray(shape, storage.dtype, data)
   size = storage.dtype.itemsize
   return np.ndarray(
     shape,
