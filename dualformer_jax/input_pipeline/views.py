@@ -1,0 +1,268 @@
+"""From a video to uint8 clips of the model's size: resizes and crops."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import cv2
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from dualformer_jax import errors
+from dualformer_jax.input_pipeline import decoding, frame_sampling
+
+Video = decoding.Source | UInt8[np.ndarray, 't h w 3']
+
+# Of a random crop: its share of the frame's area, its width over its height.
+_MIN_AREA = 0.08
+_MAX_ASPECT = 4 / 3
+_TRIES = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """How a video is made into what the model takes.
+
+  Attributes:
+    num_frames: frames in a clip.
+    frame_interval: from one frame of a clip to the next; dense sampling only.
+    image_size: height and width of a clip, in pixels.
+    sampling: 'dense' or 'uniform'; see frame_sampling.
+    pixel_mean: subtracted from R, G, B in 0..255, when the model is fed.
+    pixel_std: R, G, B are then divided by it.
+    num_clips: clips of a video in testing; uniform sampling has one.
+    num_crops: crops of each clip in testing: 1 (the centre) or 3.
+  """
+
+  num_frames: int
+  frame_interval: int
+  image_size: int
+  sampling: str = 'dense'
+  pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+  pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+  num_clips: int = 1
+  num_crops: int = 1
+
+  def __post_init__(self):
+    if self.sampling not in ('dense', 'uniform'):
+      raise errors.UserError(
+        f"sampling must be 'dense' or 'uniform', got {self.sampling!r}"
+      )
+    if self.num_crops not in (1, 3):
+      raise errors.UserError(f'num_crops must be 1 or 3, got {self.num_crops}')
+    if self.sampling == 'uniform' and self.num_clips != 1:
+      raise errors.UserError(
+        f'num_clips must be 1 with uniform sampling, got {self.num_clips}'
+      )
+
+
+def test_views(
+  video: Video,
+  preprocessing: Preprocessing,
+  *,
+  short_side: int | None = None,
+) -> UInt8[np.ndarray, 'views frames size size 3']:
+  """All views of a video for validation, testing and prediction.
+
+  Args:
+    video: the file's content, its path, or its RGB frames.
+    preprocessing: what views to take.
+    short_side: what the frames' short side is resized to before the crops;
+      `image_size` when not given.
+
+  Returns:
+    RGB, crop by crop, the clips of a crop in the order of time.
+
+  Raises:
+    VideoError: the video cannot be decoded, or has no frame.
+  """
+  p = preprocessing
+  short_side = p.image_size if short_side is None else short_side
+  total = _count(video)
+  if p.sampling == 'uniform':
+    indices = frame_sampling.uniform_test_frames(total, p.num_frames)
+  else:
+    indices = frame_sampling.test_frames(
+      total, p.num_frames, p.frame_interval, p.num_clips
+    )
+  frames = _resized_frames(video, indices.ravel(), short_side)
+  if p.num_crops == 3:
+    crops = three_crops(frames, p.image_size)
+  else:
+    crops = center_crop(frames, p.image_size)[None]
+  return crops.reshape(
+    p.num_crops * len(indices), p.num_frames, p.image_size, p.image_size, 3
+  )
+
+
+def train_clip(
+  video: Video,
+  preprocessing: Preprocessing,
+  rng: np.random.Generator,
+  *,
+  short_side: int = 256,
+  random_crop: bool = True,
+) -> UInt8[np.ndarray, 'frames size size 3']:
+  """One clip at random, cropped at random, the same crop in all its frames.
+
+  The flip is left to the accelerator.
+
+  Args:
+    video: the file's content, its path, or its RGB frames.
+    preprocessing: frames, interval and size; clips and crops are not used.
+    rng: decides on frames and crop.
+    short_side: what the frames' short side is resized to before the crop.
+    random_crop: False takes the centre instead.
+
+  Raises:
+    VideoError: the video cannot be decoded, or has no frame.
+  """
+  p = preprocessing
+  total = _count(video)
+  if p.sampling == 'uniform':
+    indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
+  else:
+    indices = frame_sampling.train_frames(
+      total, p.num_frames, p.frame_interval, 1, rng
+    )
+  frames = _resized_frames(video, indices.ravel(), short_side)
+  if random_crop:
+    return random_resized_crop(frames, p.image_size, rng)
+  return center_crop(frames, p.image_size)
+
+
+def resize_short_side(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, 't h2 w2 3']:
+  """Resizes (bilinear, without antialiasing) so that the short side is `size`.
+
+  Raises:
+    VideoError: the frames are so narrow that the long side would be huge.
+  """
+  height, width = frames.shape[1:3]
+  height, width = _size_with_short_side(height, width, size)
+  return _resize(frames, height, width)
+
+
+def center_crop(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, 't size size 3']:
+  """The square in the middle.
+
+  Raises:
+    ValueError: the frames are smaller than `size`.
+  """
+  height, width = _check_covers(frames, size)
+  return _crop(frames, (height - size) // 2, (width - size) // 2, size, size)
+
+
+def three_crops(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, '3 t size size 3']:
+  """Left, right and middle square; top, bottom and middle when portrait.
+
+  The second one starts at twice the middle one's offset, as in the published
+  implementation: one pixel short of the border where the rest is odd.
+
+  Raises:
+    ValueError: the frames are smaller than `size`.
+  """
+  height, width = _check_covers(frames, size)
+  top, left = (height - size) // 2, (width - size) // 2
+  if width >= height:
+    corners = [(top, 0), (top, 2 * left), (top, left)]
+  else:
+    corners = [(0, left), (2 * top, left), (top, left)]
+  return np.stack([_crop(frames, y, x, size, size) for y, x in corners])
+
+
+def random_resized_crop(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, 't size size 3']:
+  """A part of random area and aspect ratio, resized to a square.
+
+  The area is uniform in 0.08..1 of the frame's, the aspect ratio log-uniform
+  in 3/4..4/3; after ten draws that do not fit, the middle square is taken
+  (Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842).
+  """
+  height, width = frames.shape[1:3]
+  for _ in range(_TRIES):
+    area = rng.uniform(_MIN_AREA, 1.0) * height * width
+    aspect = _MAX_ASPECT ** rng.uniform(-1.0, 1.0)
+    crop_width = round(math.sqrt(area * aspect))
+    crop_height = round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      top = int(rng.integers(height - crop_height, endpoint=True))
+      left = int(rng.integers(width - crop_width, endpoint=True))
+      break
+  else:
+    crop_height = crop_width = min(height, width)
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+  cropped = _crop(frames, top, left, crop_height, crop_width)
+  return _resize(cropped, size, size)
+
+
+def _count(video: Video) -> int:
+  if not isinstance(video, np.ndarray):
+    return decoding.count_frames(video)
+  if not len(video):
+    raise decoding.VideoError('holds no frames')
+  return len(video)
+
+
+def _resized_frames(
+  video: Video, indices: Int[np.ndarray, ' t'], short_side: int
+) -> UInt8[np.ndarray, 't h w 3']:
+  """The frames of the given indices, their short side resized."""
+  if isinstance(video, np.ndarray):
+    return resize_short_side(video[indices], short_side)
+  # Frame by frame, lest large videos stand in memory at their full size.
+  return decoding.decode_frames(
+    video, indices, lambda frame: resize_short_side(frame[None], short_side)[0]
+  )
+
+
+def _size_with_short_side(
+  height: int, width: int, size: int
+) -> tuple[int, int]:
+  scale = size / min(height, width)
+  new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+  if new_height * new_width > decoding.MAX_PIXELS:
+    raise decoding.VideoError(
+      f'has frames of {width}x{height} pixels, which are too narrow to be'
+      f' resized to a short side of {size}'
+    )
+  return new_height, new_width
+
+
+def _resize(
+  frames: UInt8[np.ndarray, 't h w 3'], height: int, width: int
+) -> UInt8[np.ndarray, 't h2 w2 3']:
+  if frames.shape[1:3] == (height, width):
+    return frames
+  resized = np.empty((len(frames), height, width, 3), np.uint8)
+  for frame, target in zip(frames, resized, strict=True):
+    cv2.resize(frame, (width, height), target, interpolation=cv2.INTER_LINEAR)
+  return resized
+
+
+def _crop(
+  frames: UInt8[np.ndarray, 't h w 3'],
+  top: int,
+  left: int,
+  height: int,
+  width: int,
+) -> UInt8[np.ndarray, 't h2 w2 3']:
+  return frames[:, top : top + height, left : left + width]
+
+
+def _check_covers(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> tuple[int, int]:
+  height, width = frames.shape[1:3]
+  if min(height, width) < size:
+    raise ValueError(
+      f'frames of {width}x{height} pixels are smaller than the crop of {size}'
+    )
+  return height, width
