@@ -1,0 +1,1 @@
+"""Eight classes of small videos that only motion tells apart."""
