@@ -29,6 +29,7 @@ from dualformer_jax import errors
 
 Source = bytes | bytearray | memoryview | str | os.PathLike[str]
 Frame = UInt8[np.ndarray, 'h w 3']
+Indices = Sequence[int] | np.ndarray
 
 # Larger frames are refused: such a claim costs memory before it is checked.
 MAX_PIXELS = 8192 * 8192
@@ -146,7 +147,7 @@ def decode_all(video: Source) -> UInt8[np.ndarray, 't h w 3']:
 
 def decode_frames(
   video: Source,
-  indices: Sequence[int] | np.ndarray,
+  indices: Indices | Callable[[int], Indices],
   transform: Callable[[Frame], Frame] | None = None,
 ) -> UInt8[np.ndarray, 't h w 3']:
   """The frames of the given indices, RGB, decoding no more than needed.
@@ -156,7 +157,8 @@ def decode_frames(
 
   Args:
     video: the file's content, or its path.
-    indices: which frames, from 0; in any order, with repetitions.
+    indices: which frames, from 0; in any order, with repetitions. Or what
+      picks them, given the number of frames, as count_frames tells it.
     transform: applied to each frame as it is decoded (a resize, a crop), so
       that frames of full size never stand in memory together.
 
@@ -164,20 +166,24 @@ def decode_frames(
     VideoError: the video cannot be decoded, or has no such frame.
     ValueError: an index is negative, or there is none.
   """
-  order = [int(index) for index in indices]
-  if not order or min(order) < 0:
-    raise ValueError(f'expected indices of 0 or more, got {order}')
-  wanted = sorted(set(order))
-  frames = None
+  picked = None if callable(indices) else _checked(indices)
   with _open(video) as reader:
     timetable = reader.timetable()
     if timetable is not None:
-      reader.check_holds(wanted[-1], len(timetable.times))
-      frames = _decode_by_seeking(reader, timetable, wanted, transform)
-  if frames is None:
-    with _open(video) as reader:
-      frames = _decode_by_counting(reader, wanted, transform)
-  return np.stack([frames[index] for index in order])
+      total = len(timetable.times)
+      if callable(indices):
+        picked = _checked(indices(total))
+      assert picked
+      reader.check_holds(max(picked), total)
+      frames = _decode_by_seeking(reader, timetable, picked, transform)
+      if frames is not None:
+        return np.stack([frames[index] for index in picked])
+  if callable(indices) and picked is None:
+    picked = _checked(indices(count_frames(video)))
+  assert picked
+  with _open(video) as reader:
+    frames = _decode_by_counting(reader, picked, transform)
+    return np.stack([frames[index] for index in picked])
 
 
 def encode_mp4(
@@ -434,6 +440,13 @@ def _open(video: Source) -> Iterator[_Reader]:
     yield _Reader(container, stream, is_whole, path)
 
 
+def _checked(indices: Indices) -> list[int]:
+  checked = [int(index) for index in indices]
+  if not checked or min(checked) < 0:
+    raise ValueError(f'expected indices of 0 or more, got {checked}')
+  return checked
+
+
 def _path(video: Source) -> str:
   return os.fspath(video) if isinstance(video, (str, os.PathLike)) else ''
 
@@ -477,7 +490,7 @@ def _decode_by_counting(
   wanted: list[int],
   transform: Callable[[Frame], Frame] | None,
 ) -> dict[int, Frame]:
-  """The wanted frames (rising indices), counted from the start."""
+  """The wanted frames, counted from the start."""
   left = set(wanted)
   frames: dict[int, Frame] = {}
   count = 0
@@ -490,7 +503,7 @@ def _decode_by_counting(
       if not left:
         break
   if left:
-    reader.check_holds(wanted[-1], count)
+    reader.check_holds(max(wanted), count)
   return frames
 
 
@@ -500,7 +513,7 @@ def _decode_by_seeking(
   wanted: list[int],
   transform: Callable[[Frame], Frame] | None,
 ) -> dict[int, Frame] | None:
-  """The wanted frames (rising indices), told by their times.
+  """The wanted frames, told by their times.
 
   Returns None where the file does not keep to its timetable.
   """
@@ -512,7 +525,7 @@ def _decode_by_seeking(
     starts = timetable.keyframes
     return starts[bisect.bisect_right(starts, index) - 1]
 
-  pending = collections.deque(wanted)
+  pending = collections.deque(sorted(set(wanted)))
   while pending:
     # Frames that are decoded in one go.
     run = [pending.popleft()]

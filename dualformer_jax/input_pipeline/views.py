@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import dataclasses
 import math
 
@@ -79,21 +80,22 @@ def test_views(
   """
   p = preprocessing
   short_side = p.image_size if short_side is None else short_side
-  total = _count(video)
-  if p.sampling == 'uniform':
-    indices = frame_sampling.uniform_test_frames(total, p.num_frames)
-  else:
-    indices = frame_sampling.test_frames(
-      total, p.num_frames, p.frame_interval, p.num_clips
-    )
-  frames = _resized_frames(video, indices.ravel(), short_side)
+
+  def pick(total: int) -> Int[np.ndarray, ' t']:
+    if p.sampling == 'uniform':
+      indices = frame_sampling.uniform_test_frames(total, p.num_frames)
+    else:
+      indices = frame_sampling.test_frames(
+        total, p.num_frames, p.frame_interval, p.num_clips
+      )
+    return indices.ravel()
+
+  frames = _picked_frames(video, pick, short_side)
   if p.num_crops == 3:
     crops = three_crops(frames, p.image_size)
   else:
     crops = center_crop(frames, p.image_size)[None]
-  return crops.reshape(
-    p.num_crops * len(indices), p.num_frames, p.image_size, p.image_size, 3
-  )
+  return crops.reshape(-1, p.num_frames, p.image_size, p.image_size, 3)
 
 
 def train_clip(
@@ -119,14 +121,17 @@ def train_clip(
     VideoError: the video cannot be decoded, or has no frame.
   """
   p = preprocessing
-  total = _count(video)
-  if p.sampling == 'uniform':
-    indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
-  else:
-    indices = frame_sampling.train_frames(
-      total, p.num_frames, p.frame_interval, 1, rng
-    )
-  frames = _resized_frames(video, indices.ravel(), short_side)
+
+  def pick(total: int) -> Int[np.ndarray, ' t']:
+    if p.sampling == 'uniform':
+      indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
+    else:
+      indices = frame_sampling.train_frames(
+        total, p.num_frames, p.frame_interval, 1, rng
+      )
+    return indices.ravel()
+
+  frames = _picked_frames(video, pick, short_side)
   if random_crop:
     return random_resized_crop(frames, p.image_size, rng)
   return center_crop(frames, p.image_size)
@@ -203,23 +208,19 @@ def random_resized_crop(
   return _resize(cropped, size, size)
 
 
-def _count(video: Video) -> int:
-  if not isinstance(video, np.ndarray):
-    return decoding.count_frames(video)
-  if not len(video):
-    raise decoding.VideoError('holds no frames')
-  return len(video)
-
-
-def _resized_frames(
-  video: Video, indices: Int[np.ndarray, ' t'], short_side: int
+def _picked_frames(
+  video: Video,
+  pick: Callable[[int], Int[np.ndarray, ' t']],
+  short_side: int,
 ) -> UInt8[np.ndarray, 't h w 3']:
-  """The frames of the given indices, their short side resized."""
+  """The frames picked, given how many there are; their short side resized."""
   if isinstance(video, np.ndarray):
-    return resize_short_side(video[indices], short_side)
+    if not video.size:
+      raise decoding.VideoError('holds no frames')
+    return resize_short_side(video[pick(len(video))], short_side)
   # Frame by frame, lest large videos stand in memory at their full size.
   return decoding.decode_frames(
-    video, indices, lambda frame: resize_short_side(frame[None], short_side)[0]
+    video, pick, lambda frame: resize_short_side(frame[None], short_side)[0]
   )
 
 
