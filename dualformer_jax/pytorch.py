@@ -157,7 +157,7 @@ def read_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     raise UserError(f'{path}: cannot be read: {reason}') from error
   except _DAMAGE as error:
     raise UserError(
-      f'{path}: truncated or damaged ({_cut(str(error))}); fetch it again'
+      f'{path}: truncated or damaged, {_quote(error)}; fetch it again'
     ) from error
 
 
