@@ -122,7 +122,8 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     colour=colour,
     background=behind
     + cv2.resize(clouds, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC),
-    noise=rng.normal(0.0, _NOISE, size=(NUM_FRAMES, SIZE, SIZE, 3)),
+    noise=np.float32(_NOISE)
+    * rng.standard_normal((NUM_FRAMES, SIZE, SIZE, 3), np.float32),
   )
 
 
@@ -163,9 +164,9 @@ def picture(
   # comes back on the other side: else large shapes would be those that grew.
   radius = smallest * (largest / smallest) ** (size % 1.0)
   cover = _cover(scene.outline, (x, y), angle, radius)[..., None]
-  frame = cover * scene.colour + (1.0 - cover) * scene.background
-  frame = np.rint(frame + scene.noise[index])
-  return np.clip(frame, 0, 255).astype(np.uint8)
+  shape = cover * (scene.colour - scene.background)
+  frame = np.rint(scene.background + shape + scene.noise[index])
+  return frame.clip(0, 255).astype(np.uint8)
 
 
 def _cover(
@@ -175,24 +176,18 @@ def _cover(
   radius: float,
 ) -> Float[np.ndarray, 'h w']:
   """How much of each pixel the shape covers, 0 to 1."""
-  turn = np.array(
-    [
-      [np.cos(angle), np.sin(angle)],
-      [-np.sin(angle), np.cos(angle)],
-    ]
-  )
-  # Drawn in the middle, so that none of it is cut off, then rolled into place.
-  whole, rest = np.divmod(np.array(centre) * _FINE, 1.0)
-  middle = SIZE * _FINE // 2
-  corners = radius * _FINE * (outline @ turn) + middle + rest
+  cos, sin = np.cos(angle), np.sin(angle)
+  turned = radius * outline @ np.array([[cos, sin], [-sin, cos]])
+  # The place and those beside it: what leaves on one side comes back on the
+  # other. No shape is so large that two of them would meet.
+  around = SIZE * np.array([(x, y) for y in (-1, 0, 1) for x in (-1, 0, 1)])
+  corners = turned + np.mod(centre, SIZE) + around[:, None]
   bits = 8
-  fine = np.zeros((SIZE * _FINE, SIZE * _FINE), np.float32)
-  cv2.fillPoly(
-    fine, [np.rint(corners * 2**bits).astype(np.int32)], 1.0, shift=bits
-  )
-  across, down = whole.astype(int) - middle
-  fine = np.roll(fine, (down, across), axis=(0, 1))
-  return cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+  fine = np.zeros((SIZE * _FINE, SIZE * _FINE), np.uint8)
+  places = np.rint(corners * (_FINE * 2**bits)).astype(np.int32)
+  cv2.fillPoly(fine, list(places), 255, shift=bits)
+  cover = cv2.resize(fine, (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+  return cover / np.float32(255)
 
 
 def render(

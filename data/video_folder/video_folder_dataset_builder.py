@@ -101,8 +101,8 @@ class Builder(preparation.ReportingBuilder):
     stored = self.store(found.videos, verbatim=config.verbatim)
     if not stored:
       raise errors.UserError(
-        f'{_text(folder)}: none of its {len(found.videos)} videos can be decoded;'
-        ' the lines above say why'
+        f'{_text(folder)}: none of its {len(found.videos)} videos can be'
+        ' decoded; the lines above say why'
       )
     if not found.has_splits:
       stored = choose_splits(stored, config.validation_share)
