@@ -6,13 +6,13 @@ queries), and the backward pass makes each block's scores anew.
 
 import math
 
+from einops import rearrange
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+import numpy as np
 
 from dualformer_jax.models.layers import (
   BatchNorm,

@@ -5,10 +5,10 @@ from typing import Any
 import flax.linen as nn
 import flax.struct
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+import jax.numpy as jnp
 from jaxtyping import Array, Float
+import numpy as np
 
 from dualformer_jax.models.attention import (
   GlobalPyramidAttention,
@@ -88,8 +88,10 @@ class Block(nn.Module):
     return x + drop_path(Mlp(self.dtype, name='mlp')(y))
 
 
-def remat_block(remat: str) -> Any:
-  """Returns Block, recomputing in the backward pass what `remat` says.
+def run_block(
+  block: Block, x: Float[Array, 'b d h w c'], train: bool, remat: str
+) -> Float[Array, 'b d h w c']:
+  """Returns block(x, train); `remat` says what the backward pass recomputes.
 
   'none': keeps all activations but the attention scores.
   'elementwise': keeps what matrix products and attention put out, and makes
@@ -99,18 +101,38 @@ def remat_block(remat: str) -> Any:
     arithmetic.
   """
   if remat == 'none':
-    return Block
+    return block(x, train)
+  policy = None
   if remat == 'elementwise':
     policy = jax.checkpoint_policies.save_only_these_names(
       'qkv', 'attention', 'attended', 'hidden'
     )
-  elif remat == 'block':
-    policy = None
-  else:
-    raise ValueError(
-      f"model.remat is {remat!r}; expected 'none', 'elementwise' or 'block'"
+
+  def forward(block, x):
+    checkpointed = nn.remat(
+      lambda block, x: block(x, train), policy=policy, prevent_cse=False
     )
-  return nn.remat(Block, static_argnums=(2,), policy=policy)
+    return nn.vjp(checkpointed, block, x)
+
+  def backward(pullback, dy):
+    # What was kept is made to depend on dy. Otherwise XLA on a CPU sees that
+    # forward and recomputation are the same, does the work once, and keeps all.
+    # (If dy is not finite then neither is the gradient, with or without this.)
+    ready = jnp.isfinite(dy[(0,) * dy.ndim])
+    pullback = jax.tree.map(
+      lambda kept: (
+        jnp.where(ready, kept, jnp.nan)
+        if jnp.issubdtype(kept.dtype, jnp.floating)
+        else kept
+      ),
+      pullback,
+    )
+    return pullback(dy)
+
+  run = nn.custom_vjp(
+    lambda block, x: block(x, train), forward, backward, grad_vars='params'
+  )
+  return run(block, x)
 
 
 class Backbone(nn.Module):
@@ -130,7 +152,6 @@ class Backbone(nn.Module):
   def __call__(
     self, x: Float[Array, 'b t y x 3'], train: bool
   ) -> Float[Array, 'b d h w c']:
-    block = remat_block(self.remat)
     rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)))
     for stage, depth in enumerate(self.depths):
       x = PatchEmbedding(
@@ -140,7 +161,7 @@ class Backbone(nn.Module):
         name=f'patch_embeds_{stage}',
       )(x)
       for index in range(depth):
-        x = block(
+        block = Block(
           self.num_heads[stage],
           self.window if index % 2 == 0 else None,
           self.fine_sizes[stage],
@@ -148,7 +169,8 @@ class Backbone(nn.Module):
           float(next(rates)),
           self.dtype,
           name=f'blocks_{stage}_{index}',
-        )(x, train)
+        )
+        x = run_block(block, x, train, self.remat)
         if index == 0:
           name = f'pos_block_{stage}'
           x = PositionalConvolution(self.dtype, name=name)(x)
@@ -190,7 +212,7 @@ class DualFormer(nn.Module):
     drop_path_rate: of the last block; rises linearly from 0 over all blocks.
     head_dropout: probability of dropping a channel before the classifier.
     token_label: whether the head also scores every token.
-    remat: see `remat_block`.
+    remat: 'none', 'elementwise' or 'block'; see `run_block`.
     dtype: 'float32' or 'bfloat16', what to compute in; parameters, norms and
       softmax are float32 in any case.
   """
@@ -214,6 +236,11 @@ class DualFormer(nn.Module):
   def __call__(
     self, clips: Float[Array, 'b t y x 3'], train: bool = False
   ) -> Output:
+    if self.remat not in ('none', 'elementwise', 'block'):
+      raise ValueError(
+        f"model.remat is {self.remat!r}; expected 'none', 'elementwise' or "
+        "'block'"
+      )
     expected = (self.num_frames, self.image_size, self.image_size, 3)
     if clips.shape[1:] != expected:
       raise ValueError(
