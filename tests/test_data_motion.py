@@ -93,7 +93,7 @@ def _accuracy_from_single_frames(
 
 
 def test_a_single_frame_tells_nothing_of_the_class():
-  labels = np.arange(2400) % 8
+  labels = np.arange(2000) % 8
   drawn = scenes(len(labels))
 
   def accuracy(index: int, **fixed: Any) -> float:
@@ -105,13 +105,13 @@ def test_a_single_frame_tells_nothing_of_the_class():
       labels,
     )
 
-  # Guessing gives 0.125, with a standard deviation of 0.012.
-  for index in (0, 8, 15):
+  # Guessing gives 0.125, with a standard deviation of 0.013.
+  for index in (0, 8):
     assert accuracy(index) < 0.165
   # The same classifier finds what would tell: shapes that all set out from one
   # place, or that all begin with one size.
-  assert accuracy(15, centre=np.array([16.0, 16.0])) > 0.3
-  assert accuracy(15, size=0.5) > 0.17
+  assert accuracy(0, centre=np.array([16.0, 16.0])) > 0.3
+  assert accuracy(0, size=0.5) > 0.18
 
 
 def _seen_motion(clip: np.ndarray) -> int:
@@ -150,7 +150,7 @@ def _seen_motion(clip: np.ndarray) -> int:
 
 
 def test_motion_tells_the_class_and_its_direction_is_the_one_named():
-  labels = np.arange(160) % 8
+  labels = np.arange(96) % 8
   seen = [
     _seen_motion(
       decoding.decode_all(
