@@ -101,9 +101,7 @@ class LocalWindowAttention(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b d h w c']
-  ) -> Float[Array, 'b d h w c']:
+  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
     grid = x.shape[1:4]
     window = tuple(map(min, self.window, grid))
     count = tuple(math.ceil(g / w) for g, w in zip(grid, window, strict=True))
@@ -187,8 +185,6 @@ def coarse_kernels(grid: Size, coarse_size: Size) -> tuple[Size, Size]:
   divisor of s that is at most 7; the second is what is left. At 224 pixels:
   k = 7, as in the published model.
   """
-  t, *space = (
-    max(1, g // s) for g, s in zip(grid, coarse_size, strict=True)
-  )
+  t, *space = (max(1, g // s) for g, s in zip(grid, coarse_size, strict=True))
   kh, kw = (max(k for k in range(1, 8) if s % k == 0) for s in space)
   return (1, kh, kw), (t, space[0] // kh, space[1] // kw)

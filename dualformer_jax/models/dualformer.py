@@ -31,9 +31,7 @@ class Mlp(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b d h w c']
-  ) -> Float[Array, 'b d h w c']:
+  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
     channels = x.shape[-1]
     x = Linear(4 * channels, self.dtype, name='fc1')(x)
     x = nn.gelu(checkpoint_name(x, 'hidden'), approximate=False)

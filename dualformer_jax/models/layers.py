@@ -89,9 +89,7 @@ class PatchEmbedding(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b t y x i']
-  ) -> Float[Array, 'b d h w c']:
+  def __call__(self, x: Float[Array, 'b t y x i']) -> Float[Array, 'b d h w c']:
     x = _blocks(x, self.patch)
     x = rearrange(x, 'b d i h j w k c -> b d h w i j k c')
     x = PatchProjection(self.features, self.dtype, name='proj')(x)
@@ -166,9 +164,7 @@ class PositionalConvolution(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b d h w c']
-  ) -> Float[Array, 'b d h w c']:
+  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
     return x + DepthwiseConvolution(self.dtype, name='proj_0')(x)
 
 
@@ -178,9 +174,7 @@ class DepthwiseConvolution(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(
-    self, x: Float[Array, 'b d h w c']
-  ) -> Float[Array, 'b d h w c']:
+  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
     channels = x.shape[-1]
     init = _conv_init(27)
     kernel = self.param('kernel', init, (3, 3, 3, channels))

@@ -1,0 +1,308 @@
+"""Checkpoint folders: all that is done with Orbax.
+
+A checkpoint folder holds arrays ('params', 'batch_stats' and, while training,
+'opt_state') and a description in JSON: the model's fields, how its input is
+prepared, and its classes. A training run keeps a series of them.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from dualformer_jax.errors import UserError
+from dualformer_jax.input_pipeline.views import Preprocessing
+from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import sharding
+from dualformer_jax.training.step import TrainState
+
+_FORMAT = 1
+FOLDER = 'checkpoints'  # of a training run, in its workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What a checkpoint folder says of itself.
+
+  Attributes:
+    model: the fields of DualFormer.
+    preprocessing: how videos become clips and test views.
+    class_names: one for each class, in order.
+    multi_label: whether a video may have several classes.
+    step: optimiser steps done; 0 for a converted model.
+    data_position: of the training input, at this step; None if not training.
+    config: what the run was started with; None if not training.
+  """
+
+  model: dict[str, Any]
+  preprocessing: Preprocessing
+  class_names: tuple[str, ...]
+  multi_label: bool = False
+  step: int = 0
+  data_position: dict[str, Any] | None = None
+  config: dict[str, Any] | None = None
+
+  def build_model(self, **changes: Any) -> DualFormer:
+    """Returns the model, with some fields changed (such as dtype)."""
+    return DualFormer(**{**self.model, **changes})
+
+
+class Checkpoints:
+  """The checkpoints of one training run: the newest ones and the best one.
+
+  Saving is asynchronous; a checkpoint appears under its step's number when it
+  is whole. Not for use from several threads.
+  """
+
+  def __init__(self, workdir: str | os.PathLike[str], keep: int = 1):
+    """Opens the checkpoints in WORKDIR/checkpoints, making the folder.
+
+    Args:
+      workdir: of the run.
+      keep: how many of the newest to keep beside the best.
+    """
+    policies = ocp.training.preservation_policies
+    self._checkpointer = ocp.training.Checkpointer(
+      pathlib.Path(workdir).absolute() / FOLDER,
+      save_decision_policy=(
+        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+      ),
+      preservation_policy=policies.AnyPreservationPolicy(
+        [
+          policies.LatestN(keep),
+          policies.BestN(
+            get_metric_fn=lambda metrics: metrics['score'],
+            n=1,
+            keep_checkpoints_without_metrics=False,
+          ),
+        ]
+      ),
+      cleanup_tmp_directories=True,
+    )
+
+  def newest(self) -> pathlib.Path | None:
+    """Returns the newest checkpoint folder, None if there is none."""
+    latest = self._checkpointer.latest
+    return latest and self._folder(latest.step)
+
+  def _folder(self, step: int) -> pathlib.Path:
+    return pathlib.Path(self._checkpointer.directory) / str(step)
+
+  def save(
+    self,
+    state: TrainState,
+    description: Description,
+    score: float | None = None,
+    *,
+    wait: bool = False,
+  ) -> None:
+    """Saves the state; does nothing if its step is saved already.
+
+    Args:
+      state: what to save; it may be donated as soon as this returns.
+      description: with the state's step and the position of the input.
+      score: of validation at this step; the highest is kept. None if there was
+        no validation.
+      wait: whether to return only when it is on disk.
+    """
+    latest = self._checkpointer.latest
+    if latest is None or latest.step < description.step:
+      self._checkpointer.save_checkpointables_async(
+        description.step,
+        {
+          'params': state.params,
+          'batch_stats': state.batch_stats,
+          'opt_state': state.opt_state,
+        },
+        metrics=None if score is None else {'score': score},
+        custom_metadata=_to_json(description),
+      )
+    if wait:
+      self._checkpointer.wait()
+
+  def restore(
+    self, abstract_state: TrainState
+  ) -> tuple[TrainState, Description]:
+    """Returns the newest checkpoint.
+
+    Args:
+      abstract_state: shapes, types and shardings of the state to return; any
+        mesh will do, whatever the mesh it was saved from.
+    """
+    folder = self.newest()
+    assert folder is not None
+    description = read_description(folder)
+    loaded = _load(
+      folder,
+      {
+        'params': abstract_state.params,
+        'batch_stats': abstract_state.batch_stats,
+        'opt_state': abstract_state.opt_state,
+      },
+    )
+    step = jax.device_put(
+      jnp.asarray(description.step, abstract_state.step.dtype),
+      abstract_state.step.sharding,
+    )
+    return TrainState(step=step, **loaded), description
+
+  def close(self) -> None:
+    """Waits until all is on disk."""
+    self._checkpointer.close()
+
+
+def save_model(
+  folder: str | os.PathLike[str],
+  variables: Mapping[str, Any],
+  description: Description,
+) -> None:
+  """Writes a checkpoint folder of a model that is not being trained.
+
+  Args:
+    folder: where to; it must not exist, or be empty.
+    variables: 'params' and 'batch_stats'.
+    description: what the folder says of itself.
+
+  Raises:
+    UserError: there is something in the folder already.
+  """
+  path = pathlib.Path(folder).expanduser().absolute()
+  if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    raise UserError(
+      f'{folder} exists and is not an empty folder; nothing was written: '
+      'choose another, or remove it first'
+    )
+  if path.exists():
+    path.rmdir()
+  path.parent.mkdir(parents=True, exist_ok=True)
+  ocp.save_checkpointables(
+    path,
+    {
+      'params': jax.tree.map(jnp.asarray, variables['params']),
+      'batch_stats': jax.tree.map(jnp.asarray, variables['batch_stats']),
+    },
+    custom_metadata=_to_json(description),
+  )
+
+
+def load_model(
+  path: str | os.PathLike[str],
+) -> tuple[dict[str, Any], Description]:
+  """Returns parameters and BatchNorm statistics, on the CPU, and description.
+
+  Args:
+    path: as in `find`.
+  """
+  folder = find(path)
+  description = read_description(folder)
+  model = description.build_model()
+  variables = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros(model.input_shape())
+  )
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
+  abstract = {
+    name: jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+      variables.get(name, {}),
+    )
+    for name in ('params', 'batch_stats')
+  }
+  return _load(folder, abstract), description
+
+
+def find(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the checkpoint folder that `path` means.
+
+  Args:
+    path: a checkpoint folder, or a training run's workdir (or its folder of
+      checkpoints), of which the newest is meant.
+
+  Raises:
+    UserError: there is none.
+  """
+  folder = pathlib.Path(path).expanduser().absolute()
+  if not folder.is_dir():
+    raise UserError(
+      f'no checkpoint folder at {path}; expected one made by dualformer_jax: '
+      'to convert a .pth file, run python -m dualformer_jax.convert'
+    )
+  if (folder / '_CHECKPOINT_METADATA').is_file():
+    return folder
+  for parent in (folder / FOLDER, folder):
+    steps = [
+      int(child.name)
+      for child in (parent.iterdir() if parent.is_dir() else ())
+      if child.name.isdigit() and (child / '_CHECKPOINT_METADATA').is_file()
+    ]
+    if steps:
+      return parent / str(max(steps))
+  raise UserError(
+    f'{path} holds no checkpoint; expected a checkpoint folder or the workdir '
+    'of a training run that has saved one'
+  )
+
+
+def read_description(folder: pathlib.Path) -> Description:
+  """Returns what a checkpoint folder says of itself.
+
+  Raises:
+    UserError: it is damaged or not a checkpoint of this project.
+  """
+  try:
+    text = (folder / '_CHECKPOINT_METADATA').read_text()
+    fields = json.loads(text)['custom_metadata']['dualformer']
+    if fields.pop('format') != _FORMAT:
+      raise UserError(
+        f'{folder} was written by another version of dualformer_jax; expected '
+        f'format {_FORMAT}: update dualformer_jax'
+      )
+    fields['model'] = _tuples(fields['model'])
+    fields['preprocessing'] = Preprocessing(**_tuples(fields['preprocessing']))
+    fields['class_names'] = tuple(fields['class_names'])
+    description = Description(**fields)
+    model = description.build_model()
+    if len(description.class_names) != model.num_classes:
+      raise ValueError('one name for each class')
+    return description
+  except UserError:
+    raise
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise UserError(
+      f'{folder} is not a whole checkpoint of dualformer_jax '
+      f'({type(error).__name__}: {error}); copy or convert it again'
+    ) from error
+
+
+def _to_json(description: Description) -> dict[str, Any]:
+  return {'dualformer': {'format': _FORMAT, **dataclasses.asdict(description)}}
+
+
+def _tuples(value: Any) -> Any:
+  """Undoes what JSON does to tuples, which modules need to be hashable."""
+  if isinstance(value, dict):
+    return {key: _tuples(item) for key, item in value.items()}
+  if isinstance(value, list | tuple):
+    return tuple(_tuples(item) for item in value)
+  return value
+
+
+def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+  # Orbax leaves out trees without arrays.
+  wanted = {name: tree for name, tree in abstract.items() if tree}
+  try:
+    loaded = ocp.load_checkpointables(folder, wanted)
+  except Exception as error:  # of many kinds, one for each way to be broken
+    reason = str(error).strip().partition('\n')[0][:300]
+    raise UserError(
+      f'{folder} cannot be read: {reason}; it is damaged, or of a model other '
+      'than it says: copy or convert it again'
+    ) from error
+  return {**abstract, **loaded}

@@ -1,0 +1,116 @@
+"""Where arrays lie on a mesh of devices: rules from names to axes.
+
+The mesh has three axes. Batches are spread over `data` and `fsdp`. Parameters
+and optimiser state are copied along `data`, spread along `fsdp` by their
+largest divisible dimension, and spread along `tensor` by heads and by hidden
+channels (as in Megatron-LM, 1909.08053).
+"""
+
+from collections.abc import Mapping
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from dualformer_jax.errors import UserError
+
+AXES = ('data', 'fsdp', 'tensor')
+BATCH = PartitionSpec(('data', 'fsdp'))
+
+# (end of the name, dimension that `tensor` splits); the first match counts.
+_TENSOR_RULES = (
+  (r'attn/(q|kv|qkv)/(kernel|bias)', -2),  # heads
+  (r'attn/proj/kernel', 0),  # heads
+  (r'mlp/fc1/(kernel|bias)', -1),  # hidden channels
+  (r'mlp/fc2/kernel', 0),  # hidden channels
+)
+# Smaller arrays are copied: gathering them would cost more than it saves.
+_MIN_FSDP_SIZE = 1024
+
+
+def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
+  """Returns a mesh of all devices.
+
+  Args:
+    axes: devices along 'data', 'fsdp' and 'tensor'; -1 for what is left.
+    batch_size: clips of a step, over all devices.
+
+  Raises:
+    UserError: the axes do not multiply to the number of devices, or the batch
+      cannot be split over them.
+  """
+  sizes = [axes[name] for name in AXES]
+  given = ' x '.join(f'mesh.{n}={s}' for n, s in zip(AXES, sizes, strict=True))
+  devices = jax.device_count()
+  if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+    raise UserError(
+      f'{given}: expected sizes of at least 1, and at most one -1'
+    )
+  known = int(np.prod([size for size in sizes if size != -1]))
+  sizes = [size if size != -1 else devices // known for size in sizes]
+  if np.prod(sizes) != devices:
+    raise UserError(
+      f'{given} does not make the {devices} devices that there are; set one '
+      'of them to -1 to use what is left'
+    )
+  if batch_size % (sizes[0] * sizes[1]):
+    raise UserError(
+      f'batch_size={batch_size} cannot be split over data x fsdp = '
+      f'{sizes[0]} x {sizes[1]} devices; use a multiple of '
+      f'{sizes[0] * sizes[1]}'
+    )
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def partition_spec(
+  name: str, shape: tuple[int, ...], mesh: Mesh
+) -> PartitionSpec:
+  """Returns the axes along which an array of a model or optimiser is spread.
+
+  Args:
+    name: its path, such as 'backbone/blocks_0_0/attn/qkv/kernel'; what stands
+      before does not matter, so the optimiser's moments lie as parameters do.
+    shape: its shape.
+    mesh: a mesh with the axes of `make_mesh`.
+  """
+  axes: list[str | None] = [None] * len(shape)
+  for pattern, dimension in _TENSOR_RULES:
+    if re.search(f'{pattern}$', name) and len(shape) >= abs(dimension):
+      if shape[dimension] % mesh.shape['tensor'] == 0:
+        axes[dimension] = 'tensor'
+      break
+  if np.prod(shape) >= _MIN_FSDP_SIZE:
+    free = [
+      i
+      for i, size in enumerate(shape)
+      if axes[i] is None and size % mesh.shape['fsdp'] == 0
+    ]
+    if free:
+      axes[max(free, key=lambda i: shape[i])] = 'fsdp'
+  return PartitionSpec(*axes)
+
+
+def tree_shardings(tree: Any, mesh: Mesh) -> Any:
+  """Returns a NamedSharding for each array of a tree of a model or optimiser.
+
+  Args:
+    tree: arrays, or anything with shapes, such as jax.eval_shape gives.
+    mesh: a mesh with the axes of `make_mesh`.
+  """
+
+  def sharding(path, leaf):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return NamedSharding(mesh, partition_spec(name, leaf.shape, mesh))
+
+  return jax.tree_util.tree_map_with_path(sharding, tree)
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
+  """Returns a global batch on the mesh, of which each host gives its rows."""
+  sharding = NamedSharding(mesh, BATCH)
+  return {
+    name: jax.make_array_from_process_local_data(sharding, rows)
+    for name, rows in batch.items()
+  }
