@@ -15,7 +15,7 @@ import fractions
 import io
 import itertools
 import os
-from typing import Any, BinaryIO
+from typing import Any
 
 import av
 import av.container
@@ -48,7 +48,7 @@ _MAX_SKIPPED = 8
 _DEFAULT_FPS = 25.0
 _MAX_FPS = 1000.0
 # What PyAV raises, most of it as an FFmpegError that is one of these too.
-_FAILURES = (av.error.FFmpegError, OSError, ValueError, TypeError, MemoryError)
+_FAILURES = (av.error.FFmpegError, OSError, ValueError, MemoryError)
 
 
 class VideoError(errors.UserError):
@@ -309,6 +309,7 @@ class _Reader:
     """The frames from the container's position to its end."""
     count = 0
     size = None
+    is_cut = False
     packets = self.container.demux(self.stream)
     while True:
       try:
@@ -321,8 +322,8 @@ class _Reader:
           f'cannot be decoded after {count} frames: {_reason(error)}',
           self.path,
         ) from error
-      if packet.is_corrupt:
-        raise VideoError(f'is cut short after {count} frames', self.path)
+      if packet.size:
+        is_cut = packet.is_corrupt  # In the end, that of the last packet.
       for frame in decoded:
         size = size or (frame.width, frame.height)
         if (frame.width, frame.height) != size:
@@ -337,7 +338,7 @@ class _Reader:
     has_all = (
       self.container.format.name == 'avi' and 0 < self.stream.frames <= count
     )
-    if not self.is_whole and not has_all:
+    if is_cut or not (self.is_whole or has_all):
       raise VideoError(f'is cut short after {count} frames', self.path)
 
   def timetable(self) -> _Timetable | None:
@@ -351,6 +352,7 @@ class _Reader:
     if self.stream.codec_context.name not in _ONE_FRAME_A_PACKET:
       return None
     times, keyframes = [], []
+    is_cut = False
     packets = self.container.demux(self.stream)
     while True:
       try:
@@ -364,14 +366,15 @@ class _Reader:
         break
       if packet.size == 0:  # The one that flushes the decoder.
         continue
-      if packet.is_corrupt:
-        raise VideoError(f'is cut short after {len(times)} frames', self.path)
+      is_cut = packet.is_corrupt
       # An edit list discards what lies before the start that it sets.
       if packet.pts is None or packet.is_discard:
         return None
       times.append(packet.pts)
       if packet.is_keyframe:
         keyframes.append(packet.pts)
+    if is_cut or not self.is_whole:
+      raise VideoError(f'is cut short after {len(times)} frames', self.path)
     times.sort()
     place = {time: index for index, time in enumerate(times)}
     starts = sorted(place[time] for time in keyframes)
@@ -396,11 +399,15 @@ def _open(video: Source) -> Iterator[_Reader]:
         file = stack.enter_context(io.BytesIO(video))
       else:
         file = stack.enter_context(open(path, 'rb'))
-      size = file.seek(0, io.SEEK_END)
-      if not size:
-        raise VideoError('is empty (0 bytes)', path)
-      is_whole = _is_whole(file, size)
-      file.seek(0)
+    except OSError as error:
+      reason = f'cannot be opened: {_reason(error)}'
+      raise VideoError(reason, path) from error
+    size = file.seek(0, io.SEEK_END)
+    if not size:
+      raise VideoError('is empty (0 bytes)', path)
+    is_whole = _is_whole(file, size)
+    file.seek(0)
+    try:
       # A path is read faster by FFmpeg itself; the prefix keeps it from taking
       # a name for a URL.
       container = av.open(
@@ -408,8 +415,6 @@ def _open(video: Source) -> Iterator[_Reader]:
         metadata_errors='ignore',
         options=options,
       )
-    except errors.UserError:
-      raise
     except _FAILURES as error:
       raise VideoError(f'cannot be decoded: {_reason(error)}', path) from error
     stack.enter_context(container)
@@ -431,6 +436,9 @@ def _open(video: Source) -> Iterator[_Reader]:
         f' {MAX_PIXELS} pixels are read',
         path,
       )
+    # An MP4 file's index says where each frame lies.
+    ends = (entry.pos + entry.size for entry in stream.index_entries)
+    is_whole = is_whole and max(ends, default=0) <= size
     # Threads here would only contend with the loader's, which decodes one
     # video on each of its own.
     stream.thread_type = 'NONE'
@@ -455,10 +463,11 @@ def _reason(error: BaseException) -> str:
   return getattr(error, 'strerror', None) or str(error) or type(error).__name__
 
 
-def _is_whole(file: BinaryIO, size: int) -> bool:
+def _is_whole(file: io.BufferedIOBase, size: int) -> bool:
   """Whether nothing is missing at the end, as far as the format tells.
 
-  FFmpeg reads AVI, WebM and GIF files that were cut short without a word.
+  FFmpeg reads AVI, WebM and GIF files that were cut short without a word; of
+  MP4 files it has an index.
   """
   file.seek(0)
   head = file.read(64)

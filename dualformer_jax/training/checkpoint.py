@@ -8,24 +8,24 @@ prepared, and its classes. A training run keeps a series of them.
 from collections.abc import Mapping
 import dataclasses
 import json
-import logging
 import os
 import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.views import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import sharding
 from dualformer_jax.training.step import TrainState
 
 _FORMAT = 1
-FOLDER = 'checkpoints'  # of a training run, in its workdir
+
+# Folders in the workdir of a training run.
+NEWEST = 'checkpoints'
+BEST = 'best'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Description:
     multi_label: whether a video may have several classes.
     step: optimiser steps done; 0 for a converted model.
     data_position: of the training input, at this step; None if not training.
+    score: of validation at this step, for the best one of a run; else None.
     config: what the run was started with; None if not training.
   """
 
@@ -48,6 +49,7 @@ class Description:
   multi_label: bool = False
   step: int = 0
   data_position: dict[str, Any] | None = None
+  score: float | None = None
   config: dict[str, Any] | None = None
 
   def build_model(self, **changes: Any) -> DualFormer:
@@ -56,62 +58,42 @@ class Description:
 
 
 class Checkpoints:
-  """The checkpoints of one training run: the newest ones and the best one.
+  """A series of checkpoints of one training run, of which the last are kept.
 
   Saving is asynchronous; a checkpoint appears under its step's number when it
   is whole. Not for use from several threads.
   """
 
-  def __init__(self, workdir: str | os.PathLike[str], keep: int = 1):
-    """Opens the checkpoints in WORKDIR/checkpoints, making the folder.
+  def __init__(self, folder: str | os.PathLike[str], keep: int = 1):
+    """Opens a series, making its folder if need be.
 
     Args:
-      workdir: of the run.
-      keep: how many of the newest to keep beside the best.
+      folder: WORKDIR/checkpoints, say.
+      keep: how many of the last to keep.
     """
-    policies = ocp.training.preservation_policies
+    policies = ocp.training
     self._checkpointer = ocp.training.Checkpointer(
-      pathlib.Path(workdir).absolute() / FOLDER,
+      pathlib.Path(folder).absolute(),
       save_decision_policy=(
-        ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+        policies.save_decision_policies.FixedIntervalPolicy(1)
       ),
-      preservation_policy=policies.AnyPreservationPolicy(
-        [
-          policies.LatestN(keep),
-          policies.BestN(
-            get_metric_fn=lambda metrics: metrics['score'],
-            n=1,
-            keep_checkpoints_without_metrics=False,
-          ),
-        ]
-      ),
+      preservation_policy=policies.preservation_policies.LatestN(keep),
       cleanup_tmp_directories=True,
     )
 
   def newest(self) -> pathlib.Path | None:
     """Returns the newest checkpoint folder, None if there is none."""
     latest = self._checkpointer.latest
-    return latest and self._folder(latest.step)
+    if latest is None:
+      return None
+    return pathlib.Path(self._checkpointer.directory) / str(latest.step)
 
-  def _folder(self, step: int) -> pathlib.Path:
-    return pathlib.Path(self._checkpointer.directory) / str(step)
-
-  def save(
-    self,
-    state: TrainState,
-    description: Description,
-    score: float | None = None,
-    *,
-    wait: bool = False,
-  ) -> None:
-    """Saves the state; does nothing if its step is saved already.
+  def save(self, state: TrainState, description: Description) -> None:
+    """Starts to save the state, unless its step is saved already.
 
     Args:
       state: what to save; it may be donated as soon as this returns.
       description: with the state's step and the position of the input.
-      score: of validation at this step; the highest is kept. None if there was
-        no validation.
-      wait: whether to return only when it is on disk.
     """
     latest = self._checkpointer.latest
     if latest is None or latest.step < description.step:
@@ -122,11 +104,8 @@ class Checkpoints:
           'batch_stats': state.batch_stats,
           'opt_state': state.opt_state,
         },
-        metrics=None if score is None else {'score': score},
         custom_metadata=_to_json(description),
       )
-    if wait:
-      self._checkpointer.wait()
 
   def restore(
     self, abstract_state: TrainState
@@ -236,7 +215,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
     )
   if (folder / '_CHECKPOINT_METADATA').is_file():
     return folder
-  for parent in (folder / FOLDER, folder):
+  for parent in (folder / NEWEST, folder):
     steps = [
       int(child.name)
       for child in (parent.iterdir() if parent.is_dir() else ())
