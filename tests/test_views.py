@@ -1,0 +1,242 @@
+"""Views: the published implementation's pixels, and crops as described."""
+
+from __future__ import annotations
+
+import pathlib
+
+import cv2
+import numpy as np
+import pytest
+
+from dualformer_jax import errors
+from dualformer_jax.input_pipeline import decoding, views
+
+FIGURES = sorted((pathlib.Path(__file__).parent / 'reference/views').iterdir())
+# Of each recipe, what to take and the short side before the crop.
+RECIPES = {
+  'k400_val': (views.Preprocessing(32, 2, 224), 256),
+  'k400_test_4x1': (views.Preprocessing(32, 2, 224, num_clips=4), 224),
+  'ucf101_test_4x3': (
+    views.Preprocessing(32, 4, 224, num_clips=4, num_crops=3),
+    224,
+  ),
+}
+
+
+@pytest.mark.parametrize('path', FIGURES, ids=lambda path: path.stem)
+def test_views_of_real_clips_are_those_of_the_reference(clips_dir, path):
+  clip, recipe = path.stem.split('.')
+  figure = np.load(path)
+  (video,) = clips_dir.glob(f'{clip}.*')
+  preprocessing, short_side = RECIPES[recipe]
+  found = views.test_views(video, preprocessing, short_side=short_side)
+  assert found.dtype == np.uint8
+  assert found.shape == tuple(figure['shape'])
+  pixels = found[:, ::8, ::16, ::16].astype(int)
+  assert np.abs(pixels - figure['pixels']).mean() < 0.5
+  means = found.mean((1, 2, 3))
+  np.testing.assert_allclose(means, figure['mean'], rtol=1e-5)
+
+
+def numbered(count: int, height: int, width: int) -> np.ndarray:
+  """Frames whose pixels hold their frame, row and column."""
+  frame, row, column = np.meshgrid(
+    np.arange(count), np.arange(height), np.arange(width), indexing='ij'
+  )
+  return np.stack([frame, row, column], -1).astype(np.uint8)
+
+
+def test_test_views_are_ordered_crop_by_crop_and_in_time_within():
+  frames = numbered(40, 20, 31)
+  preprocessing = views.Preprocessing(4, 2, 20, num_clips=2, num_crops=3)
+  found = views.test_views(frames, preprocessing)
+  assert found.shape == (6, 4, 20, 20, 3)
+  # avg = (40 - 8 + 1) / 2 = 16.5; offsets int(8.25), int(24.75).
+  starts = found[:, 0, 0, 0]
+  np.testing.assert_array_equal(starts[:, 0], [8, 24, 8, 24, 8, 24])
+  # 11 columns too many: middle at 5, right at twice that, left at 0.
+  np.testing.assert_array_equal(starts[:, 2], [0, 0, 10, 10, 5, 5])
+  np.testing.assert_array_equal(found[0, :, 0, 0, 0], [8, 10, 12, 14])
+
+
+def test_three_crops_of_a_portrait_are_top_bottom_and_middle():
+  crops = views.three_crops(numbered(1, 34, 20), 16)
+  np.testing.assert_array_equal(crops[:, 0, 0, 0, 1], [0, 18, 9])
+  np.testing.assert_array_equal(crops[:, 0, 0, 0, 2], [2, 2, 2])
+  assert crops.shape == (3, 1, 16, 16, 3)
+
+
+def test_center_crop_rounds_its_offset_down():
+  crop = views.center_crop(numbered(2, 21, 30), 16)
+  np.testing.assert_array_equal(crop[:, 0, 0], [[0, 2, 7], [1, 2, 7]])
+  np.testing.assert_array_equal(crop[1, -1, -1], [1, 17, 22])
+
+
+@pytest.mark.parametrize(
+  ('size', 'short_side', 'expected'),
+  [
+    # int(side * scale + 0.5), worked out by hand.
+    ((240, 320), 256, (256, 341)),
+    ((256, 340), 224, (224, 298)),
+    ((426, 320), 224, (298, 224)),
+    ((50, 50), 224, (224, 224)),
+  ],
+)
+def test_the_short_side_is_resized_and_the_long_side_rounded(
+  size, short_side, expected
+):
+  frames = np.random.default_rng(0).integers(
+    0, 256, (2, *size, 3), dtype=np.uint8
+  )
+  found = views.resize_short_side(frames, short_side)
+  assert found.shape[1:3] == expected
+  np.testing.assert_array_equal(found[1], cv2.resize(frames[1], expected[::-1]))
+
+
+def test_frames_of_the_right_size_are_left_as_they_are():
+  frames = numbered(2, 20, 30)
+  np.testing.assert_array_equal(views.resize_short_side(frames, 20), frames)
+
+
+def corners(crops: list[np.ndarray], size: int) -> np.ndarray:
+  """Top, left, height and width of crops of numbered(1, h, w), found again."""
+  found = []
+  for crop in crops:
+    first = crop[0, 0, 0, 1:].astype(float)
+    last = crop[0, -1, -1, 1:].astype(float)
+    # Bilinear, pixel centres at halves: ends lie (scale - 1) / 2 inside.
+    scale = 1 + (last - first + 1 - size) / (size - 1)
+    found.append([*(first - (scale - 1) / 2), *(scale * size)])
+  return np.array(found)
+
+
+def test_random_resized_crops_have_the_area_and_aspect_described():
+  frames = numbered(1, 160, 240)
+  rng = np.random.default_rng(0)
+  size = 24
+  crops = [views.random_resized_crop(frames, size, rng) for _ in range(3000)]
+  top, left, height, width = corners(crops, size).T
+  area, aspect = height * width / (160 * 240), width / height
+  # Corners are found to about a pixel.
+  assert 0.06 < area.min() < 0.1
+  assert 0.93 < area.max() < 1.05
+  assert 0.7 < aspect.min() < 0.79
+  assert 1.27 < aspect.max() < 1.45
+  # Uniform up to where not all aspect ratios fit into the frame (3:2).
+  share = np.mean((area > 0.2) & (area < 0.4)) / np.mean(
+    (area > 0.1) & (area < 0.2)
+  )
+  assert share == pytest.approx(2, abs=0.35)
+  assert np.mean(np.log(aspect[area < 0.4])) == pytest.approx(0, abs=0.03)
+  small = area < 0.3
+  for place, room in ((top, 160 - height), (left, 240 - width)):
+    middle = np.mean(place[small] / room[small])
+    assert middle == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_frame_that_no_random_crop_fits_gives_its_middle_square():
+  frames = numbered(2, 8, 200)
+  crop = views.random_resized_crop(frames, 8, np.random.default_rng(0))
+  np.testing.assert_array_equal(crop, frames[:, :, 96:104])
+
+
+def test_all_frames_of_a_training_clip_have_the_same_crop():
+  frames = numbered(30, 40, 60)
+  preprocessing = views.Preprocessing(8, 3, 32)
+  seen = set()
+  for seed in range(20):
+    clip = views.train_clip(
+      frames, preprocessing, np.random.default_rng(seed), short_side=40
+    )
+    assert clip.shape == (8, 32, 32, 3)
+    np.testing.assert_array_equal(np.diff(clip[:, 0, 0, 0].astype(int)), 3)
+    assert (clip[..., 1:] == clip[0, ..., 1:]).all()
+    seen.add(clip[0, 0, 0].tobytes())
+  assert len(seen) > 15
+
+
+def test_training_without_random_crops_takes_the_centre():
+  clip = views.train_clip(
+    numbered(8, 40, 60),
+    views.Preprocessing(8, 1, 32),
+    np.random.default_rng(0),
+    short_side=40,
+    random_crop=False,
+  )
+  np.testing.assert_array_equal(
+    clip, views.center_crop(numbered(8, 40, 60), 32)
+  )
+
+
+def test_uniform_sampling_spreads_over_the_video():
+  preprocessing = views.Preprocessing(16, 1, 8, sampling='uniform')
+  frames = numbered(30, 8, 8)
+  found = views.test_views(frames, preprocessing)
+  # The reference's figure for 16 of 30 frames.
+  expected = [1, 3, 4, 6, 8, 10, 12, 13, 15, 17, 19, 21, 23, 24, 26, 28]
+  np.testing.assert_array_equal(found[0, :, 0, 0, 0], expected)
+  clip = views.train_clip(
+    frames, preprocessing, np.random.default_rng(0), short_side=8
+  )
+  assert (np.diff(clip[:, 0, 0, 0].astype(int)) >= 0).all()
+
+
+def test_bytes_a_path_and_frames_of_a_video_give_the_same(tmp_path):
+  rng = np.random.default_rng(0)
+  video = decoding.encode_mp4(
+    rng.integers(0, 256, (50, 48, 64, 3), dtype=np.uint8), fps=25
+  )
+  path = tmp_path / 'clip.mp4'
+  path.write_bytes(video)
+  sources = (video, path, str(path), decoding.decode_all(video))
+  preprocessing = views.Preprocessing(8, 2, 32, num_clips=2, num_crops=3)
+  tests = [views.test_views(source, preprocessing) for source in sources]
+  clips = [
+    views.train_clip(source, preprocessing, np.random.default_rng(3))
+    for source in sources
+  ]
+  for found in (tests, clips):
+    for other in found[1:]:
+      np.testing.assert_array_equal(other, found[0])
+
+
+@pytest.mark.parametrize('count', [1, 4])
+def test_a_video_shorter_than_a_clip_is_looped(count):
+  frames = numbered(count, 48, 64)
+  preprocessing = views.Preprocessing(8, 3, 48, num_clips=2)
+  rng = np.random.default_rng(0)
+  for video in (frames, decoding.encode_mp4(frames * [60, 0, 0], fps=25)):
+    found = views.test_views(video, preprocessing)
+    clip = views.train_clip(
+      video, preprocessing, rng, short_side=48, random_crop=False
+    )
+    unit = 1 if video is frames else 60
+    for shown in (found[0], found[1], clip):
+      numbers = np.rint(shown[..., 0].mean((1, 2)) / unit)
+      np.testing.assert_array_equal(numbers, np.arange(8) * 3 % count)
+
+
+def test_a_video_without_frames_is_an_error():
+  preprocessing = views.Preprocessing(8, 3, 48)
+  for video in (np.zeros((0, 48, 64, 3), np.uint8), b''):
+    with pytest.raises(decoding.VideoError):
+      views.test_views(video, preprocessing)
+    with pytest.raises(decoding.VideoError):
+      views.train_clip(video, preprocessing, np.random.default_rng(0))
+
+
+def test_frames_too_narrow_to_be_resized_are_an_error():
+  frames = np.zeros((2, 2, 20000, 3), np.uint8)
+  with pytest.raises(decoding.VideoError, match='too narrow'):
+    views.test_views(frames, views.Preprocessing(8, 3, 224))
+
+
+def test_preprocessing_that_cannot_be_is_refused():
+  with pytest.raises(errors.UserError, match="'dense' or 'uniform'"):
+    views.Preprocessing(8, 3, 48, sampling='random')
+  with pytest.raises(errors.UserError, match='num_crops must be 1 or 3'):
+    views.Preprocessing(8, 3, 48, num_crops=2)
+  with pytest.raises(errors.UserError, match='num_clips must be 1'):
+    views.Preprocessing(8, 3, 48, sampling='uniform', num_clips=2)
+  with pytest.raises(ValueError, match='smaller than the crop'):
+    views.center_crop(numbered(1, 8, 8), 9)
