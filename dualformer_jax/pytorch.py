@@ -120,7 +120,9 @@ class _Tensor:
   strides: object
 
 
-def read_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+def read_pth(
+  path: str | os.PathLike[str], dropped: list[str] | None = None
+) -> dict[str, np.ndarray]:
   """Returns the parameters in a .pth file, without PyTorch or running code.
 
   Understood are bare state_dicts and those under 'state_dict' or 'model', in
@@ -130,6 +132,7 @@ def read_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
   Args:
     path: file written by torch.save.
+    dropped: where to note the names of what was dropped, for the user.
 
   Returns:
     Name -> array in the file's order, of the file's data types (bfloat16 by
@@ -149,7 +152,8 @@ def read_pth(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
         root, fetch = _read_legacy(file)
       else:
         raise UserError(_FOREIGN)
-      return _arrays(_state_dict(root), functools.cache(fetch))
+      dropped = [] if dropped is None else dropped
+      return _arrays(_state_dict(root, dropped), functools.cache(fetch))
   except UserError as error:
     raise UserError(f'{path}: {error}') from None
   except OSError as error:
@@ -426,13 +430,14 @@ def _text(value: object) -> str:
   return value
 
 
-def _state_dict(root: object) -> dict[str, _Tensor]:
+def _state_dict(root: object, dropped: list[str]) -> dict[str, _Tensor]:
   """Returns the state_dict in the unpickled object, by plain names."""
   found = root
   if type(root) is dict:
     for key in ('state_dict', 'model'):
       if type(root.get(key)) is dict:
         found = root[key]
+        dropped.extend(_quote(other) for other in root if other != key)
         break
   if type(found) is not dict:
     raise UserError('holds no state_dict but a single object')
@@ -447,6 +452,7 @@ def _state_dict(root: object) -> dict[str, _Tensor]:
       f"'state_dict' or 'model'; no tensors are: {_listed(strange) or 'all'}"
     )
   if all(name.startswith('module.') for name in found):
+    dropped.append("'module.' before all names")
     found = {
       name.removeprefix('module.'): tensor for name, tensor in found.items()
     }

@@ -225,6 +225,13 @@ def test_a_state_dict_is_found(path, wrap):
   _assert_same(pytorch.read_pth(path), WEIGHTS)
 
 
+def test_what_is_dropped_is_told():
+  dropped: list[str] = []
+  pytorch.read_pth(CHECKPOINT, dropped)
+  expected = ["'meta'", "'optimizer'", "'amp'", "'module.' before all names"]
+  assert sorted(dropped) == sorted(expected)
+
+
 def test_module_is_dropped_from_all_names_or_none(path):
   weights = {'module.a': _ramp(0, 2), 'module.module.b': _ramp(1, 2)}
   pytorch.write_pth(path, weights)
