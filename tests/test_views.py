@@ -119,7 +119,8 @@ def test_random_resized_crops_have_the_area_and_aspect_described():
   area, aspect = height * width / (160 * 240), width / height
   # Corners are found to about a pixel.
   assert 0.06 < area.min() < 0.1
-  assert 0.93 < area.max() < 1.05
+  # The widest that is as high as the frame: 213 of 240 columns, 0.889.
+  assert 0.85 < area.max() < 0.91
   assert 0.7 < aspect.min() < 0.79
   assert 1.27 < aspect.max() < 1.45
   # Uniform up to where not all aspect ratios fit into the frame (3:2).
@@ -205,7 +206,8 @@ def test_a_video_shorter_than_a_clip_is_looped(count):
   frames = numbered(count, 48, 64)
   preprocessing = views.Preprocessing(8, 3, 48, num_clips=2)
   rng = np.random.default_rng(0)
-  for video in (frames, decoding.encode_mp4(frames * [60, 0, 0], fps=25)):
+  bright = (frames * [60, 0, 0]).astype(np.uint8)
+  for video in (frames, decoding.encode_mp4(bright, fps=25)):
     found = views.test_views(video, preprocessing)
     clip = views.train_clip(
       video, preprocessing, rng, short_side=48, random_crop=False

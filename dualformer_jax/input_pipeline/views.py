@@ -212,7 +212,7 @@ def _picked_frames(
   video: Video,
   pick: Callable[[int], Int[np.ndarray, ' t']],
   short_side: int,
-) -> UInt8[np.ndarray, 't h w 3']:
+) -> UInt8[np.ndarray, 'picked h2 w2 3']:
   """The frames picked, given how many there are; their short side resized."""
   if isinstance(video, np.ndarray):
     if not video.size:
