@@ -7,12 +7,11 @@ has learnt motion can but guess, and played backwards, where it must see the
 opposite motion. Prints a line for each, and fails where one does not hold.
 """
 
-from collections.abc import Sequence
-
-from absl import app, flags
+from absl import flags
 import numpy as np
 
 import dualformer_jax
+from dualformer_jax import command_line
 from dualformer_jax.input_pipeline import decoding, records
 
 WORKDIR = flags.DEFINE_string(
@@ -33,10 +32,8 @@ OPPOSITES = {
 OPPOSITES |= {second: first for first, second in OPPOSITES.items()}
 
 
-def main(argv: Sequence[str]) -> None:
+def main() -> None:
   """Judges the model on the frozen and on the reversed videos."""
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected arguments: {argv[1:]}')
   recognizer = dualformer_jax.load(WORKDIR.value)
   dataset = records.PreparedDataset('motion', 'validation', DATA_DIR.value)
 
@@ -69,4 +66,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  command_line.run(main)
