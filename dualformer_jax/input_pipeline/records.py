@@ -20,7 +20,7 @@ import pathlib
 import re
 import struct
 import tempfile
-from typing import Any, Protocol
+from typing import Any, Protocol, SupportsIndex
 import zipfile
 
 from array_record.python import array_record_data_source
@@ -165,22 +165,22 @@ class PreparedDataset:
   def __len__(self) -> int:
     return self._length
 
-  def __getitem__(self, index: int) -> Example:
+  def __getitem__(self, index: SupportsIndex) -> Example:
     """Reads one video.
 
     Raises:
       IndexError: there is no such index.
       RecordError: the record is damaged, or cannot be read.
     """
-    index = operator.index(index)
-    if not 0 <= index < self._length:
-      raise IndexError(f'index {index} is not in 0..{self._length - 1}')
+    place = operator.index(index)
+    if not 0 <= place < self._length:
+      raise IndexError(f'index {place} is not in 0..{self._length - 1}')
     try:
-      return self._parse(self._records.read(index))
+      return self._parse(self._records.read(place))
     except _READ_FAILURES as error:
       reason = ' '.join(str(error).split()) or type(error).__name__
       raise RecordError(
-        f'record {index} of split {self.split!r} in {self.folder} cannot be'
+        f'record {place} of split {self.split!r} in {self.folder} cannot be'
         f' read: {reason}'
       ) from error
 
@@ -261,7 +261,10 @@ def _malformed(path: pathlib.Path):
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
   with _malformed(path):
-    return json.loads(path.read_text('utf-8'))
+    content = json.loads(path.read_text('utf-8'))
+    if not isinstance(content, dict):
+      raise TypeError(f'a {type(content).__name__}, expected a dict')
+    return content
 
 
 def _read_classes(folder: pathlib.Path) -> tuple[tuple[str, ...], bool]:
@@ -426,7 +429,7 @@ def _load_index(
 ) -> Int64[np.ndarray, ' n'] | None:
   """The kept index; None where there is none that fits the files."""
   try:
-    with np.load(path, allow_pickle=False) as content:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as content:
       kept_state, starts = content['state'], content['starts']
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
     return None

@@ -1,4 +1,4 @@
-"""Local window attention and global pyramid attention (section 3 of 2112.04674).
+"""Local window and global pyramid attention (2112.04674, section 3).
 
 Neither keeps a score matrix: attention runs over blocks of windows (or of
 queries), and the backward pass makes each block's scores anew.

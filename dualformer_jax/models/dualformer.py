@@ -1,7 +1,5 @@
 """DualFormer, the local-global stratified video transformer (2112.04674)."""
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax

@@ -151,7 +151,8 @@ def save_model(
     description: what the folder says of itself.
 
   Raises:
-    UserError: there is something in the folder already.
+    UserError: there is something in the folder already, or it cannot be
+      written.
   """
   path = pathlib.Path(folder).expanduser().absolute()
   if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -159,17 +160,20 @@ def save_model(
       f'{folder} exists and is not an empty folder; nothing was written: '
       'choose another, or remove it first'
     )
-  if path.exists():
-    path.rmdir()
-  path.parent.mkdir(parents=True, exist_ok=True)
-  ocp.save_checkpointables(
-    path,
-    {
-      'params': jax.tree.map(jnp.asarray, variables['params']),
-      'batch_stats': jax.tree.map(jnp.asarray, variables['batch_stats']),
-    },
-    custom_metadata=_to_json(description),
-  )
+  try:
+    if path.exists():
+      path.rmdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ocp.save_checkpointables(
+      path,
+      {
+        'params': jax.tree.map(jnp.asarray, variables['params']),
+        'batch_stats': jax.tree.map(jnp.asarray, variables['batch_stats']),
+      },
+      custom_metadata=_to_json(description),
+    )
+  except OSError as error:
+    raise UserError(f'{folder} cannot be written: {error}') from error
 
 
 def load_model(
@@ -179,22 +183,40 @@ def load_model(
 
   Args:
     path: as in `find`.
+
+  Raises:
+    UserError: there is no checkpoint, it is damaged, or its arrays are not
+      those of the model that it describes.
   """
   folder = find(path)
   description = read_description(folder)
-  model = description.build_model()
-  variables = jax.eval_shape(
-    model.init, jax.random.key(0), jnp.zeros(model.input_shape())
-  )
+  shapes = variable_shapes(description.build_model(), str(folder))
   here = jax.sharding.SingleDeviceSharding(jax.local_devices(backend='cpu')[0])
-  abstract = {
-    name: jax.tree.map(
-      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-      variables.get(name, {}),
-    )
-    for name in ('params', 'batch_stats')
-  }
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+    shapes,
+  )
   return _load(folder, abstract), description
+
+
+def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
+  """Returns the shapes and types of a model's 'params' and 'batch_stats'.
+
+  Args:
+    model: the model.
+    source: where its fields are from, for the error.
+
+  Raises:
+    UserError: its fields do not make a model.
+  """
+  clips = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
+  try:
+    variables = jax.eval_shape(model.init, jax.random.key(0), clips)
+  except Exception as error:  # of many kinds, one for each field
+    raise UserError(
+      f'{source} describes no model ({type(error).__name__}: {error})'
+    ) from error
+  return {name: variables.get(name, {}) for name in ('params', 'batch_stats')}
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:

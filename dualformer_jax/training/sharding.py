@@ -30,12 +30,15 @@ _TENSOR_RULES = (
 _MIN_FSDP_SIZE = 1024
 
 
-def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
+def make_mesh(
+  axes: Mapping[str, int], batch_size: int, accumulation_steps: int = 1
+) -> Mesh:
   """Returns a mesh of all devices.
 
   Args:
     axes: devices along 'data', 'fsdp' and 'tensor'; -1 for what is left.
     batch_size: clips of a step, over all devices.
+    accumulation_steps: passes that a batch is split into.
 
   Raises:
     UserError: the axes do not multiply to the number of devices, or the batch
@@ -55,11 +58,12 @@ def make_mesh(axes: Mapping[str, int], batch_size: int) -> Mesh:
       f'{given} does not make the {devices} devices that there are; set one '
       'of them to -1 to use what is left'
     )
-  if batch_size % (sizes[0] * sizes[1]):
+  parts = sizes[0] * sizes[1] * accumulation_steps
+  if batch_size % parts:
     raise UserError(
       f'batch_size={batch_size} cannot be split over data x fsdp = '
-      f'{sizes[0]} x {sizes[1]} devices; use a multiple of '
-      f'{sizes[0] * sizes[1]}'
+      f'{sizes[0]} x {sizes[1]} devices and accumulation_steps='
+      f'{accumulation_steps}; use a multiple of {parts}'
     )
   return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 

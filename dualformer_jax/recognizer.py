@@ -1,0 +1,153 @@
+"""Recognizer: a loaded checkpoint, ready to use; the one inference path."""
+
+import functools
+import os
+import pathlib
+from typing import Any
+
+import jax
+from jaxtyping import Float, UInt8
+import numpy as np
+
+from dualformer_jax.input_pipeline import views
+from dualformer_jax.models.dualformer import Output
+from dualformer_jax.training import augment, checkpoint, step
+
+Video = str | os.PathLike[str] | UInt8[np.ndarray, 't h w 3']
+
+
+class Recognizer:
+  """A video classifier with all that it takes to use it.
+
+  A video is the path of a file or its frames, RGB, uint8 [t, h, w, 3]. Clips
+  are normalised, float32 [b, t, h, w, 3]; see `normalize`.
+
+  Attributes:
+    class_names: one for each class, in order.
+    preprocessing: how videos become views.
+    model: the Flax module.
+    variables: its parameters and BatchNorm statistics.
+    folder: of the checkpoint.
+    multi_label: whether a video may have several classes; then probabilities
+      do not add to 1.
+  """
+
+  def __init__(
+    self,
+    variables: dict[str, Any],
+    description: checkpoint.Description,
+    folder: pathlib.Path,
+    dtype: str | None = None,
+  ):
+    """Makes a recognizer of what `checkpoint.load_model` returns; see load."""
+    if dtype is None and jax.default_backend() == 'cpu':
+      dtype = 'float32'  # where bfloat16 is slower, too
+    changes = {} if dtype is None else {'dtype': dtype}
+    self.class_names = description.class_names
+    self.preprocessing = description.preprocessing
+    self.model = description.build_model(**changes)
+    self.variables = variables
+    self.folder = folder
+    self.multi_label = description.multi_label
+    self._apply = jax.jit(self.model.apply)
+    self._probabilities = jax.jit(
+      functools.partial(
+        step.eval_step,
+        model=self.model,
+        normalize=self.normalize,
+        multi_label=self.multi_label,
+      )
+    )
+
+  @classmethod
+  def load(
+    cls, path: str | os.PathLike[str], *, dtype: str | None = None
+  ) -> 'Recognizer':
+    """Returns the checkpoint at `path`, ready to use.
+
+    Args:
+      path: a checkpoint folder, or the workdir of a training run, of which the
+        newest checkpoint is taken (WORKDIR/best for the best).
+      dtype: 'float32' or 'bfloat16', what to compute in; by default float32 on
+        a CPU, and elsewhere what the model was trained with.
+
+    Raises:
+      UserError: there is no checkpoint, or it is damaged.
+    """
+    folder = checkpoint.find(path)
+    variables, description = checkpoint.load_model(folder)
+    device = jax.local_devices()[0]
+    return cls(jax.device_put(variables, device), description, folder, dtype)
+
+  def views(self, video: Video) -> UInt8[np.ndarray, 'v t h w 3']:
+    """Returns the test views of a video: crop by crop, clips in time order.
+
+    Raises:
+      UserError: the video cannot be decoded.
+    """
+    return views.test_views(_as_video(video), self.preprocessing)
+
+  def normalize(
+    self, clips: UInt8[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Float[jax.Array, 'b t h w 3']:
+    """Returns what the model takes, of clips (or the views of one video)."""
+    return augment.normalize(
+      jax.numpy.asarray(clips),
+      self.preprocessing.pixel_mean,
+      self.preprocessing.pixel_std,
+    )
+
+  def logits(
+    self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Float[np.ndarray, 'b k']:
+    """Returns the class scores of each clip."""
+    return np.asarray(self._output(clips).logits)
+
+  def features(
+    self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Float[np.ndarray, 'b c']:
+    """Returns the mean over tokens of the last norm, of each clip."""
+    return np.asarray(self._output(clips).features)
+
+  def token_logits(
+    self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Float[np.ndarray, 'b d h w k']:
+    """Returns the class scores of each token of each clip.
+
+    Raises:
+      ValueError: the model has no token-label head.
+    """
+    token_logits = self._output(clips).token_logits
+    if token_logits is None:
+      raise ValueError(f'{self.folder} has no token-label head')
+    return np.asarray(token_logits)
+
+  def probabilities(
+    self, views: UInt8[np.ndarray, 'v t h w 3']
+  ) -> Float[np.ndarray, ' k']:
+    """Returns the probability of each class, averaged over a video's views."""
+    return np.asarray(self._probabilities(self.variables, views[None])[0])
+
+  def predict(self, video: Video, top_k: int = 5) -> list[tuple[str, float]]:
+    """Returns the most probable classes of a video and their probabilities.
+
+    Args:
+      video: path or frames.
+      top_k: how many classes, at most.
+
+    Raises:
+      UserError: the video cannot be decoded.
+    """
+    probabilities = self.probabilities(self.views(video))
+    # Equal probabilities: the lower class first.
+    best = np.argsort(-probabilities, kind='stable')[:top_k]
+    return [(self.class_names[i], float(probabilities[i])) for i in best]
+
+  def _output(
+    self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Output:
+    return self._apply(self.variables, clips)
+
+
+def _as_video(video: Video) -> Any:
+  return video if isinstance(video, np.ndarray) else os.fspath(video)

@@ -1,0 +1,108 @@
+"""Scores every video of a split, once, with all its views."""
+
+from collections.abc import Callable, Iterable
+import dataclasses
+import json
+import logging
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from jaxtyping import Float, Num
+import numpy as np
+
+from dualformer_jax.training import sharding
+
+_SECONDS_BETWEEN_LINES = 10
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What a model says of the videos of a split.
+
+  Attributes:
+    probabilities: of each class, for each video that could be read.
+    labels: class, or 0s and 1s, of each of these.
+    failed: [name, reason] of each video that could not be read. They are
+      left out of the scores: none is replaced by another.
+  """
+
+  probabilities: Float[np.ndarray, 'v k']
+  labels: Num[np.ndarray, ' v'] | Num[np.ndarray, 'v k']
+  failed: list[list[str]]
+
+
+def score_videos(
+  batches: Iterable[dict[str, Any]],
+  num_batches: int,
+  eval_step: Callable[..., jax.Array],
+  variables: Any,
+  mesh: jax.sharding.Mesh,
+  *,
+  should_stop: Callable[[], bool] = lambda: False,
+) -> Scores | None:
+  """Returns the scores of all videos, the same on every host.
+
+  Args:
+    batches: this host's part, as test_loader makes it.
+    num_batches: how many there are, for the time left.
+    eval_step: (variables, views) -> probabilities, copied to all devices.
+    variables: parameters and BatchNorm statistics.
+    mesh: the devices.
+    should_stop: asked after each batch, on a single host.
+
+  Returns:
+    The scores; None if `should_stop` said so first.
+  """
+  probabilities, labels, failed = [], [], []
+  start = last_line = time.monotonic()
+  for done, batch in enumerate(batches, 1):
+    views = sharding.put_batch({'views': batch['views']}, mesh)['views']
+    scores = np.asarray(eval_step(variables, views))
+    mask = _gather(batch['mask'])
+    probabilities.append(scores[mask])
+    labels.append(_gather(batch['labels'])[mask])
+    failed += [list(failure) for failure in batch['failed']]
+    now = time.monotonic()
+    if now - last_line > _SECONDS_BETWEEN_LINES or done == num_batches:
+      last_line = now
+      left = (now - start) / done * (num_batches - done)
+      _LOG.info(
+        'scored %d of %d batches, %.1f videos/s, %s left',
+        done,
+        num_batches,
+        sum(map(len, labels)) / max(now - start, 1e-9),
+        time.strftime('%H:%M:%S', time.gmtime(left)),
+      )
+    if should_stop():
+      return None
+  return Scores(
+    np.concatenate(probabilities),
+    np.concatenate(labels),
+    _gather_lists(failed),
+  )
+
+
+def _gather(rows: np.ndarray) -> np.ndarray:
+  """Returns the rows of all hosts, in their order."""
+  if jax.process_count() == 1:
+    return np.asarray(rows)
+  return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
+
+
+def _gather_lists(items: list[list[str]]) -> list[list[str]]:
+  """Returns the items of all hosts, in their order."""
+  if jax.process_count() == 1:
+    return items
+  data = np.frombuffer(json.dumps(items).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(data.size))
+  padded = np.zeros(int(np.max(sizes)), np.uint8)
+  padded[: data.size] = data
+  gathered = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    item
+    for row, size in zip(gathered, np.ravel(sizes), strict=True)
+    for item in json.loads(row[:size].tobytes())
+  ]

@@ -1,0 +1,602 @@
+"""Training from start to end, in one function to be read from top to bottom."""
+
+from collections.abc import Callable
+import dataclasses
+import datetime
+import functools
+import json
+import logging
+import os
+import pathlib
+import signal
+import time
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import ml_collections
+import numpy as np
+
+from dualformer_jax.errors import UserError
+from dualformer_jax.input_pipeline import loader, records
+from dualformer_jax.input_pipeline.views import Preprocessing
+from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import (
+  augment,
+  checkpoint,
+  evaluate,
+  metrics,
+  optimizer as optimizers,
+  sharding,
+  step as steps,
+)
+
+# What a shell reports of a process that SIGTERM ended.
+_EXIT_STOPPED = 128 + signal.SIGTERM
+_LOG = logging.getLogger(__name__)
+
+
+def train_and_test(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+  """Trains, or goes on training, and tests; returns the report.
+
+  Args:
+    config: as configs/common.py has it.
+    workdir: where checkpoints, TensorBoard files and report.json go. If it
+      holds checkpoints, training goes on from the newest.
+
+  Raises:
+    UserError: config, dataset and workdir do not fit.
+    SystemExit: SIGTERM came; the state was saved.
+  """
+  started = time.monotonic()
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  is_first_host = jax.process_index() == 0
+  stop = _StopSignal()
+
+  # ---------------------------------------------------------------- data
+  dataset = config.dataset
+  train_data = open_split(config, dataset.train_split)
+  validation_data = open_split(config, dataset.validation_split)
+  preprocessing = make_preprocessing(config)
+  input_options = dict(
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=dataset.num_threads,
+  )
+  clips = loader.train_loader(
+    train_data,
+    preprocessing,
+    batch_size=config.batch_size,
+    seed=config.seed,
+    prefetch=dataset.prefetch,
+    short_side=dataset.train_short_side,
+    random_crop=dataset.random_crop,
+    **input_options,
+  )
+  steps_per_epoch = max(1, len(train_data) // config.batch_size)
+  total_steps = config.num_epochs * steps_per_epoch
+  validation_steps = config.validation.every_epochs * steps_per_epoch
+
+  # ---------------------------------------------- mesh, model, optimiser
+  mesh = sharding.make_mesh(
+    config.mesh, config.batch_size, config.accumulation_steps
+  )
+  jax.set_mesh(mesh)
+  model = make_model(config, train_data)
+  variables = jax.eval_shape(model.init, jax.random.key(0), _blank(model))
+  optimizer_options = config.optimizer.to_dict()
+  schedule = optimizers.learning_rate_schedule(
+    optimizer_options.pop('learning_rate'),
+    config.num_epochs,
+    optimizer_options.pop('warmup_epochs'),
+    steps_per_epoch,
+  )
+  optimizer = optimizers.make_optimizer(
+    variables['params'], schedule, **optimizer_options
+  )
+  init = functools.partial(steps.init_state, model, optimizer, config.seed)
+  abstract_state = jax.eval_shape(init)
+  state_shardings = sharding.tree_shardings(abstract_state, mesh)
+  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  train_step = jax.jit(
+    functools.partial(
+      steps.train_step,
+      model=model,
+      optimizer=optimizer,
+      augment=functools.partial(
+        augment.augment,
+        pixel_mean=dataset.pixel_mean,
+        pixel_std=dataset.pixel_std,
+        flip=dataset.flip,
+      ),
+      seed=config.seed,
+      accumulation_steps=config.accumulation_steps,
+    ),
+    donate_argnums=0,
+    out_shardings=(state_shardings, replicated),
+  )
+  eval_step = make_eval_step(model, preprocessing, config, mesh)
+
+  # -------------------------------------------------- restore or initialise
+  # In this order: the newest checkpoint in the workdir; what init_from names;
+  # the initial distributions.
+  checkpoints = checkpoint.Checkpoints(
+    workdir / checkpoint.NEWEST, config.checkpoint.keep
+  )
+  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
+  description = checkpoint.Description(
+    model={name: getattr(model, name) for name in config.model},
+    preprocessing=make_preprocessing(config, config.test),
+    class_names=train_data.class_names,
+    multi_label=dataset.multi_label,
+    config=config.to_dict(),
+  )
+  newest = checkpoints.newest()
+  if newest is not None:
+    check_same_model(checkpoint.read_description(newest), description, newest)
+    state, saved = checkpoints.restore(
+      jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(
+          leaf.shape, leaf.dtype, sharding=where
+        ),
+        abstract_state,
+        state_shardings,
+      )
+    )
+    assert saved.data_position is not None
+    clips.set_state(saved.data_position)
+    _LOG.info('resumed %s', newest)
+  else:
+    state = jax.jit(init, out_shardings=state_shardings)()
+    if config.init_from:
+      state = start_from(state, config.init_from, description)
+      _LOG.info('started from %s', config.init_from)
+  best = best_checkpoints.newest()
+  best_score = checkpoint.read_description(best).score if best else None
+
+  def describe(step: int, score: float | None = None):
+    return dataclasses.replace(
+      description, step=step, data_position=clips.get_state(), score=score
+    )
+
+  # ------------------------------------------------------------- validation
+  writer = make_writer(workdir) if is_first_host else None
+
+  def validate(step: int) -> None:
+    """Scores the validation split; keeps the state if it is the best yet."""
+    nonlocal best_score
+    scores = evaluate_split(
+      eval_step,
+      _variables(state),
+      validation_data,
+      make_preprocessing(config, config.validation),
+      mesh,
+      config.batch_size,
+      # The short side is to the crop as 256 is to 224.
+      short_side=int(config.model.image_size * 256 / 224 + 0.5),
+      should_stop=lambda: stop.requested(step),
+      **input_options,
+    )
+    if scores is None:
+      return
+    summary = metrics.summary(
+      scores.probabilities, scores.labels, dataset.multi_label
+    )
+    _LOG.info('validation at step %d: %s', step, _as_text(summary))
+    if writer:
+      writer.write_scalars(
+        step, {f'validation/{name}': value for name, value in summary.items()}
+      )
+    score = next(iter(summary.values()))
+    if best_score is None or score > best_score:
+      best_score = score
+      best_checkpoints.save(state, describe(step, score))
+
+  # ------------------------------------------------------------------ steps
+  step = int(state.step)
+  if step == total_steps:
+    _LOG.info('training was done before: %d steps', total_steps)
+  elif step and step % validation_steps == 0:
+    validate(step)  # the process may have ended before it was done
+  first_step_began = last_line = time.monotonic()
+  last_step = step
+  while step < total_steps and not stop.requested(step):
+    batch = next(clips)
+    batch = sharding.put_batch(
+      {name: batch[name] for name in ('clips', 'labels')}, mesh
+    )
+    state, step_metrics = train_step(state, batch)
+    step += 1
+
+    if first_step_began is not None:
+      jax.block_until_ready(step_metrics)
+      seconds = time.monotonic() - first_step_began
+      _LOG.info('first step, compilation included: %.1f s', seconds)
+      last_line, last_step, first_step_began = time.monotonic(), step, None
+    line_is_due = step % config.log_every_steps == 0 or step == total_steps
+    if line_is_due and step > last_step:
+      values = {
+        name: float(value) for name, value in step_metrics.items()
+      }  # waits for the step
+      now = time.monotonic()
+      seconds = (now - last_line) / (step - last_step)
+      values['learning_rate'] = float(schedule(step - 1))
+      values['clips_per_second'] = config.batch_size / seconds
+      last_line, last_step = now, step
+      _LOG.info(
+        'step %d/%d (epoch %.1f/%d)  %s  %s left',
+        step,
+        total_steps,
+        step / steps_per_epoch,
+        config.num_epochs,
+        _as_text(values),
+        _as_time(seconds * (total_steps - step)),
+      )
+      if writer:
+        writer.write_scalars(
+          step, {f'train/{name}': value for name, value in values.items()}
+        )
+
+    validation_is_due = step % validation_steps == 0 or step == total_steps
+    if validation_is_due or step % config.checkpoint.every_steps == 0:
+      checkpoints.save(state, describe(step))
+    if validation_is_due:
+      validate(step)
+      last_line, last_step = time.monotonic(), step
+
+  # ------------------------------------------------------------------- save
+  checkpoints.save(state, describe(step))
+  checkpoints.close()
+  best_checkpoints.close()
+  if writer:
+    writer.close()
+  clips.close()
+  if step < total_steps:
+    _LOG.info(
+      'stopped by SIGTERM; saved step %d: the same command goes on from it',
+      step,
+    )
+    raise SystemExit(_EXIT_STOPPED)
+
+  # ------------------------------------------------------------------- test
+  return _test(
+    config,
+    workdir,
+    str(checkpoints.newest()),
+    eval_step,
+    _variables(state),
+    mesh,
+    started,
+  )
+
+
+def test(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+) -> dict[str, Any]:
+  """Tests config.init_from, or the workdir's newest checkpoint, on all views.
+
+  The checkpoint says what the model is; the config, which videos and views.
+  Writes WORKDIR/report.json and returns it.
+
+  Raises:
+    UserError: there is no checkpoint, or its classes are not the dataset's.
+  """
+  started = time.monotonic()
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  folder = checkpoint.find(config.init_from or workdir)
+  variables, description = checkpoint.load_model(folder)
+  data = open_split(config, config.dataset.test_split)
+  if description.class_names != data.class_names:
+    raise UserError(
+      f'{folder} knows {len(description.class_names)} classes '
+      f'({_start(description.class_names)}), but the dataset {data.folder} has '
+      f'{len(data.class_names)} ({_start(data.class_names)}); test it on a '
+      'dataset with the same class names in the same order'
+    )
+  with config.unlocked():
+    config.model.update(description.model)
+  p = description.preprocessing
+  config.dataset.update(
+    frame_interval=p.frame_interval,
+    sampling=p.sampling,
+    pixel_mean=p.pixel_mean,
+    pixel_std=p.pixel_std,
+  )
+  mesh = sharding.make_mesh(config.mesh, config.batch_size)
+  jax.set_mesh(mesh)
+  eval_step = make_eval_step(
+    description.build_model(dtype=config.model.dtype), p, config, mesh
+  )
+  variables = jax.device_put(
+    variables, sharding.tree_shardings(variables, mesh)
+  )
+  return _test(
+    config, workdir, str(folder), eval_step, variables, mesh, started
+  )
+
+
+def _test(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  folder: str,
+  eval_step: Callable[..., jax.Array],
+  variables: Any,
+  mesh: jax.sharding.Mesh,
+  started: float,
+) -> dict[str, Any]:
+  """Scores the test split with all views and writes report.json."""
+  data = open_split(config, config.dataset.test_split)
+  preprocessing = make_preprocessing(config, config.test)
+  _LOG.info(
+    'testing on %d videos, %d clips x %d crops each',
+    len(data),
+    preprocessing.num_clips,
+    preprocessing.num_crops,
+  )
+  scores = evaluate_split(
+    eval_step,
+    variables,
+    data,
+    preprocessing,
+    mesh,
+    config.batch_size,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=config.dataset.num_threads,
+  )
+  assert scores is not None
+  report = {
+    **metrics.summary(
+      scores.probabilities, scores.labels, config.dataset.multi_label
+    ),
+    'num_videos': len(scores.labels),
+    'failed_videos': [
+      {'video': video, 'reason': reason} for video, reason in scores.failed
+    ],
+    'views': {
+      'num_clips': preprocessing.num_clips,
+      'num_crops': preprocessing.num_crops,
+    },
+    'checkpoint': folder,
+    'dataset': {
+      'folder': str(data.folder),
+      'split': data.split,
+      'fingerprint': data.fingerprint,
+    },
+    'config': config.to_dict(),
+    'time': {
+      'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+      'seconds': round(time.monotonic() - started, 1),
+    },
+  }
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    path = workdir / 'report.json'
+    temporary = path.with_suffix('.json.incomplete')
+    temporary.write_text(json.dumps(report, indent=2) + '\n')
+    temporary.replace(path)
+    _LOG.info(
+      '%s on %d videos, %d failed; report: %s',
+      _as_text({name: v for name, v in report.items() if isinstance(v, float)}),
+      report['num_videos'],
+      len(scores.failed),
+      path,
+    )
+  return report
+
+
+def evaluate_split(
+  eval_step: Callable[..., jax.Array],
+  variables: Any,
+  data: records.PreparedDataset,
+  preprocessing: Preprocessing,
+  mesh: jax.sharding.Mesh,
+  clips_per_batch: int,
+  *,
+  short_side: int | None = None,
+  should_stop: Callable[[], bool] = lambda: False,
+  **input_options: Any,
+) -> evaluate.Scores | None:
+  """Returns the scores of a split; None if `should_stop` said so first.
+
+  Raises:
+    UserError: not one video could be read.
+  """
+  # As many videos as make a training batch of views, split evenly.
+  shards = mesh.shape['data'] * mesh.shape['fsdp']
+  views = preprocessing.num_clips * preprocessing.num_crops
+  batches = loader.test_loader(
+    data,
+    preprocessing,
+    batch_size=shards * max(1, clips_per_batch // (views * shards)),
+    short_side=short_side,
+    **input_options,
+  )
+  scores = evaluate.score_videos(
+    batches, len(batches), eval_step, variables, mesh, should_stop=should_stop
+  )
+  if scores is not None and not len(scores.labels):
+    raise UserError(
+      f'{data.folder}: none of the {len(scores.failed)} videos of split '
+      f'{data.split!r} could be read; the first: '
+      f'{": ".join(scores.failed[0])}'
+    )
+  return scores
+
+
+def open_split(
+  config: ml_collections.ConfigDict, split: str
+) -> records.PreparedDataset:
+  """Opens a split and checks it against the config.
+
+  Raises:
+    UserError: the dataset is absent or damaged, or has other classes.
+  """
+  dataset = config.dataset
+  data = records.PreparedDataset(dataset.name, split, dataset.data_dir)
+  if config.model.num_classes not in (0, len(data.class_names)):
+    raise UserError(
+      f'config.model.num_classes is {config.model.num_classes}, but '
+      f'{data.folder} has {len(data.class_names)} classes; set it to that, or '
+      'to 0 to take what the dataset has'
+    )
+  if data.multi_label != dataset.multi_label:
+    labels = 'several labels' if data.multi_label else 'one label'
+    raise UserError(
+      f'config.dataset.multi_label is {dataset.multi_label}, but the videos '
+      f'of {data.folder} have {labels} each; set it to {data.multi_label}'
+    )
+  return data
+
+
+def make_model(
+  config: ml_collections.ConfigDict, data: records.PreparedDataset
+) -> DualFormer:
+  """Returns the model, with as many classes as the dataset if it says 0."""
+  fields = config.model.to_dict()
+  fields['num_classes'] = fields['num_classes'] or len(data.class_names)
+  return DualFormer(**fields)
+
+
+def make_preprocessing(
+  config: ml_collections.ConfigDict,
+  views: ml_collections.ConfigDict | None = None,
+) -> Preprocessing:
+  """Returns the preprocessing of training, or of some test `views`."""
+  return Preprocessing(
+    num_frames=config.model.num_frames,
+    frame_interval=config.dataset.frame_interval,
+    image_size=config.model.image_size,
+    sampling=config.dataset.sampling,
+    pixel_mean=tuple(map(float, config.dataset.pixel_mean)),
+    pixel_std=tuple(map(float, config.dataset.pixel_std)),
+    num_clips=views.num_clips if views else 1,
+    num_crops=views.num_crops if views else 1,
+  )
+
+
+def make_eval_step(
+  model: DualFormer,
+  preprocessing: Preprocessing,
+  config: ml_collections.ConfigDict,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., jax.Array]:
+  """Returns (variables, views) -> probabilities, copied to all devices."""
+  return jax.jit(
+    functools.partial(
+      steps.eval_step,
+      model=model,
+      normalize=functools.partial(
+        augment.normalize,
+        pixel_mean=preprocessing.pixel_mean,
+        pixel_std=preprocessing.pixel_std,
+      ),
+      multi_label=config.dataset.multi_label,
+    ),
+    out_shardings=jax.sharding.NamedSharding(
+      mesh, jax.sharding.PartitionSpec()
+    ),
+  )
+
+
+def check_same_model(
+  saved: checkpoint.Description,
+  wanted: checkpoint.Description,
+  folder: str | os.PathLike[str],
+) -> None:
+  """Raises UserError where a checkpoint is of another model or other classes.
+
+  What does not change the parameters (dtype, remat, dropout) may differ.
+  """
+  free = ('dtype', 'remat', 'drop_path_rate', 'head_dropout')
+  differences = [
+    f'model.{name} is {wanted.model[name]}, there {saved.model.get(name)}'
+    for name in wanted.model
+    if name not in free and wanted.model[name] != saved.model.get(name)
+  ]
+  if not differences and saved.class_names != wanted.class_names:
+    differences = [
+      f'the classes are {_start(wanted.class_names)}, there '
+      f'{_start(saved.class_names)}'
+    ]
+  if differences:
+    raise UserError(
+      f'{folder} is of another model: {"; ".join(differences)}. Nothing was '
+      'changed: use the config it was made with, or another --workdir'
+    )
+
+
+def start_from(
+  state: steps.TrainState, path: str, description: checkpoint.Description
+) -> steps.TrainState:
+  """Returns the first state with the parameters of the checkpoint at `path`.
+
+  Raises:
+    UserError: there is none, or it is of another model.
+  """
+  variables, saved = checkpoint.load_model(path)
+  check_same_model(saved, description, path)
+
+  def put(new, old):
+    return jax.device_put(new, old.sharding)
+
+  return state.replace(
+    params=jax.tree.map(put, variables['params'], state.params),
+    batch_stats=jax.tree.map(put, variables['batch_stats'], state.batch_stats),
+  )
+
+
+def make_writer(workdir: pathlib.Path) -> Any:
+  """Returns a writer of TensorBoard files; None where TensorFlow is missing."""
+  try:
+    from clu import metric_writers
+  except ImportError as error:
+    _LOG.warning(
+      'no TensorBoard files will be written, metrics go to this log alone '
+      '(%s); for them, pip install "dualformer_jax[prepare]"',
+      error,
+    )
+    return None
+  return metric_writers.SummaryWriter(str(workdir))
+
+
+class _StopSignal:
+  """Whether SIGTERM came, to any host."""
+
+  def __init__(self):
+    self._came = False
+    # With several hosts JAX has SIGTERM, and all agree on a step to stop at.
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, self._on_signal)
+
+  def _on_signal(self, signum, frame) -> None:
+    del signum, frame
+    self._came = True
+
+  def requested(self, step: int) -> bool:
+    """Whether to stop after this step; all hosts get the same answer."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self._came
+
+
+def _variables(state: steps.TrainState) -> dict[str, Any]:
+  return {'params': state.params, 'batch_stats': state.batch_stats}
+
+
+def _blank(model: DualFormer) -> jax.ShapeDtypeStruct:
+  return jax.ShapeDtypeStruct(model.input_shape(), np.float32)
+
+
+def _as_text(values: dict[str, float]) -> str:
+  return '  '.join(f'{name} {value:.4g}' for name, value in values.items())
+
+
+def _as_time(seconds: float) -> str:
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _start(names: tuple[str, ...]) -> str:
+  return ', '.join(names[:3]) + (', ...' if len(names) > 3 else '')
