@@ -1,4 +1,4 @@
-r"""Makes a checkpoint folder of a PyTorch .pth file, or a .pth file of a folder.
+r"""Converts a PyTorch .pth file to a checkpoint folder, or the other way.
 
   python -m dualformer_jax.convert --config=configs/k400_tiny.py \
     --src=model.pth --dst=DIR [--class_names=FILE] [--config.FIELD=VALUE ...]
@@ -13,10 +13,10 @@ from collections.abc import Mapping
 import math
 import pathlib
 import re
+from typing import Any
 
 from absl import flags
 import jax
-import ml_collections
 from ml_collections import config_flags
 import numpy as np
 
@@ -31,9 +31,13 @@ _SRC = flags.DEFINE_string(
   None,
   'What to convert: a .pth file, or a checkpoint folder or the workdir of a '
   'training run.',
+  required=True,
 )
 _DST = flags.DEFINE_string(
-  'dst', None, 'What to make: a folder, or a file that ends in .pth.'
+  'dst',
+  None,
+  'What to make: a folder, or a file that ends in .pth.',
+  required=True,
 )
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The recipe that a .pth file was trained with.'
@@ -61,7 +65,7 @@ _GROUPS = (
 def pth_to_folder(
   src: pathlib.Path,
   dst: pathlib.Path,
-  config: ml_collections.ConfigDict,
+  config: Any,
   class_names_file: str = '',
 ) -> str:
   """Converts a .pth file to a checkpoint folder.
@@ -69,9 +73,9 @@ def pth_to_folder(
   Args:
     src: the .pth file.
     dst: the folder, which must not exist or be empty.
-    config: `model` says what the file holds, but for the token-label head, and
-      for the number of classes where that is 0; `dataset` and `test` say how
-      videos are prepared.
+    config: as in configs/common.py. `model` says what the file holds; the file
+      says whether there is a token-label head, and how many classes where that
+      is 0. `dataset` and `test` say how videos are prepared.
     class_names_file: text with a name a line, or '' for the names of the
       prepared dataset or, failing that, 'class 0', 'class 1' ...
 
@@ -190,7 +194,7 @@ def folder_to_pth(src: pathlib.Path, dst: pathlib.Path) -> str:
 
 
 def _class_names(
-  count: int, file: str, config: ml_collections.ConfigDict
+  count: int, file: str, config: Any
 ) -> tuple[tuple[str, ...], str]:
   """Returns the names of `count` classes, and what to tell of them."""
   if file:
@@ -205,7 +209,8 @@ def _class_names(
     if len(names) != count or not all(names):
       raise UserError(
         f'--class_names={file} has {len([*filter(None, names)])} names on '
-        f'{len(names)} lines, the model has {count} classes; expected one a line'
+        f'{len(names)} lines; expected one a line for each of the {count} '
+        'classes'
       )
     return names, f'the class names are those in {file}'
   placeholders = tuple(f'class {i}' for i in range(count))
@@ -282,7 +287,6 @@ def main() -> None:
 
 def cli() -> None:
   """Runs the command."""
-  flags.mark_flags_as_required(['src', 'dst'])
   command_line.run(main)
 
 
