@@ -71,13 +71,13 @@ class Checkpoints:
       folder: WORKDIR/checkpoints, say.
       keep: how many of the last to keep.
     """
-    policies = ocp.training
+    # Any: for type checkers, Orbax's policies do not follow its protocols.
+    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
+    latest: Any = ocp.training.preservation_policies.LatestN(keep)
     self._checkpointer = ocp.training.Checkpointer(
-      pathlib.Path(folder).absolute(),
-      save_decision_policy=(
-        policies.save_decision_policies.FixedIntervalPolicy(1)
-      ),
-      preservation_policy=policies.preservation_policies.LatestN(keep),
+      os.path.abspath(folder),
+      save_decision_policy=always,
+      preservation_policy=latest,
       cleanup_tmp_directories=True,
     )
 
@@ -165,7 +165,7 @@ def save_model(
       path.rmdir()
     path.parent.mkdir(parents=True, exist_ok=True)
     ocp.save_checkpointables(
-      path,
+      str(path),
       {
         'params': jax.tree.map(jnp.asarray, variables['params']),
         'batch_stats': jax.tree.map(jnp.asarray, variables['batch_stats']),
@@ -299,7 +299,7 @@ def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
   # Orbax leaves out trees without arrays.
   wanted = {name: tree for name, tree in abstract.items() if tree}
   try:
-    loaded = ocp.load_checkpointables(folder, wanted)
+    loaded = ocp.load_checkpointables(str(folder), wanted)
   except Exception as error:  # of many kinds, one for each way to be broken
     reason = str(error).strip().partition('\n')[0][:300]
     raise UserError(
