@@ -14,6 +14,35 @@ import numpy as np
 
 DIRECTORY = pathlib.Path(__file__).parent / 'reference'
 
+_MICRO = {
+  'depths': (2, 2, 2, 2),
+  'embed_dims': (16, 32, 64, 128),
+  'num_heads': (1, 2, 4, 8),
+  'num_classes': 10,
+  'num_frames': 32,
+}
+_TINY = {
+  'depths': (2, 2, 10, 4),
+  'embed_dims': (64, 128, 256, 512),
+  'num_heads': (2, 4, 8, 16),
+  'num_classes': 400,
+  'num_frames': 32,
+}
+# Name -> the fields in which the models differ; all take clips of 224 pixels.
+MODELS = {
+  'micro': _MICRO,
+  'micro_tokenlabel': _MICRO | {'token_label': True},
+  'micro16': {
+    'depths': (2, 3, 4, 2),
+    'embed_dims': (24, 48, 96, 192),
+    'num_heads': (2, 4, 8, 16),
+    'num_classes': 7,
+    'num_frames': 16,
+  },
+  'tiny': _TINY,
+  'tiny16': _TINY | {'num_classes': 101, 'num_frames': 16},
+}
+
 
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
   """Returns PyTorch parameter name -> shape, in the order of a state_dict."""

@@ -926,29 +926,11 @@ def test_the_order_of_the_tree_does_not_matter(micro):
   _assert_same(pytorch.to_pytorch(turned(_variables('micro', micro))), micro)
 
 
-FIELDS = {
-  'micro': {
-    'depths': (2, 2, 2, 2),
-    'embed_dims': (16, 32, 64, 128),
-    'num_heads': (1, 2, 4, 8),
-    'num_classes': 10,
-    'num_frames': 32,
-  },
-  'micro16': {
-    'depths': (2, 3, 4, 2),
-    'embed_dims': (24, 48, 96, 192),
-    'num_heads': (2, 4, 8, 16),
-    'num_classes': 7,
-    'num_frames': 16,
-  },
-}
-FIELDS['micro_tokenlabel'] = FIELDS['micro'] | {'token_label': True}
-
-
-@pytest.mark.parametrize('name', FIELDS)
+@pytest.mark.parametrize('name', reference_arrays.MODELS)
 def test_the_model_has_the_parameters_of_pytorch(name):
-  model = dualformer.DualFormer(image_size=224, dtype='float32', **FIELDS[name])
-  frames = FIELDS[name]['num_frames']
+  fields = reference_arrays.MODELS[name]
+  model = dualformer.DualFormer(image_size=224, dtype='float32', **fields)
+  frames = fields['num_frames']
   clips = jax.ShapeDtypeStruct((1, frames, 224, 224, 3), jnp.float32)
   target = jax.eval_shape(model.init, jax.random.key(0), clips)
   weights = reference_arrays.state_dict(name, 1)
