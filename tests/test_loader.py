@@ -1,0 +1,575 @@
+"""Batches: the same stream for any hosts and threads, resumed exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+import json
+import logging
+import pathlib
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from absl import logging as absl_logging
+import numpy as np
+import pytest
+
+from dualformer_jax import errors
+from dualformer_jax.input_pipeline import decoding, loader, records, views
+from tests import conftest
+
+PREPROCESSING = views.Preprocessing(4, 2, 24, num_clips=2, num_crops=3)
+# Of the dataset `flawed`, in tests/levels_datasets.py.
+BROKEN = {'train/3', 'train/4', 'train/8'}
+
+
+def open_dataset(
+  folder: pathlib.Path, name: str = 'levels', split: str = 'train'
+) -> records.PreparedDataset:
+  return records.PreparedDataset(name, split, str(folder / 'tfrecord'))
+
+
+@pytest.fixture
+def make_loader(
+  prepared_datasets: pathlib.Path,
+) -> Iterator[Any]:
+  """Makes training loaders, and ends their threads after the test."""
+  made = []
+
+  def make(name: str = 'levels', **arguments: Any) -> loader.TrainIterator:
+    defaults: dict[str, Any] = {
+      'batch_size': 4,
+      'seed': 7,
+      'num_threads': 2,
+      'prefetch': 1,
+      'short_side': 30,
+    }
+    made.append(
+      loader.train_loader(
+        open_dataset(prepared_datasets, name),
+        PREPROCESSING,
+        **(defaults | arguments),
+      )
+    )
+    return made[-1]
+
+  yield make
+  for iterator in made:
+    iterator.close()
+
+
+def take(iterator: Iterator[Any], count: int) -> list[Any]:
+  return [next(iterator) for _ in range(count)]
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+  assert found.keys() == expected.keys()
+  for name, value in expected.items():
+    np.testing.assert_array_equal(found[name], value)
+
+
+def ids(batches: list[dict[str, Any]]) -> list[str]:
+  return [name for batch in batches for name in batch['video_ids']]
+
+
+def test_batches_hold_clips_labels_and_names(make_loader):
+  for batch in take(make_loader(), 3):
+    assert set(batch) == {'clips', 'labels', 'video_ids'}
+    assert batch['clips'].shape == (4, 4, 24, 24, 3)
+    assert batch['clips'].dtype == np.uint8
+    assert batch['labels'].dtype == np.int32
+    for clip, label, name in zip(
+      batch['clips'], batch['labels'], batch['video_ids'], strict=True
+    ):
+      index = int(name.removeprefix('train/'))
+      assert label == index % 3
+      # Every other one of 12 frames, of brightness 20 + 17 index + frame.
+      levels = clip.mean((1, 2, 3)) - 20 - 17 * index
+      np.testing.assert_allclose(levels - levels[0], [0, 2, 4, 6], atol=1)
+      assert -1 < levels[0] < 6
+
+
+def test_several_labels_are_given_as_ones(make_loader):
+  for batch in take(make_loader('levels_multi'), 3):
+    assert batch['labels'].dtype == np.float32
+    assert batch['labels'].shape == (4, 3)
+    for row, name in zip(batch['labels'], batch['video_ids'], strict=True):
+      count = int(name.removeprefix('train/')) % 4
+      np.testing.assert_array_equal(row, np.arange(3) < count)
+
+
+def test_every_video_comes_once_an_epoch_in_ever_new_order(make_loader):
+  # 44 videos, four epochs of 11; batches reach from one into the next.
+  names = ids(take(make_loader(), 11))
+  epochs = [tuple(names[start : start + 11]) for start in range(0, 44, 11)]
+  for epoch in epochs:
+    assert sorted(epoch) == sorted(f'train/{index}' for index in range(11))
+  assert len(set(epochs)) == 4
+
+
+def test_the_seed_decides_on_order_frames_and_crops(make_loader):
+  first, again, other = (take(make_loader(seed=seed), 3) for seed in (7, 7, 8))
+  for a, b in zip(first, again, strict=True):
+    assert_same(a, b)
+  assert ids(first) != ids(other)
+
+
+def test_clips_of_a_video_differ_from_epoch_to_epoch(make_loader):
+  seen: dict[str, set[bytes]] = {}
+  for batch in take(make_loader(random_crop=False), 22):
+    for name, clip in zip(batch['video_ids'], batch['clips'], strict=True):
+      seen.setdefault(name, set()).add(clip[0].tobytes())
+  # Eight clips of each, of the five that there are (offsets 0 to 4).
+  assert sum(len(clips) for clips in seen.values()) > 11 * 3
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+def test_hosts_get_their_rows_of_the_same_global_batches(make_loader, hosts):
+  expected = take(make_loader(), 6)
+  parts = [
+    take(make_loader(process_index=index, process_count=hosts), 6)
+    for index in range(hosts)
+  ]
+  for number, batch in enumerate(expected):
+    for name, value in batch.items():
+      rows = [part[number][name] for part in parts]
+      assert all(len(part) == 4 // hosts for part in rows)
+      np.testing.assert_array_equal(np.concatenate(rows), value)
+
+
+@pytest.mark.parametrize('threads', [1, 8])
+def test_threads_and_reading_ahead_do_not_change_the_stream(
+  make_loader, threads
+):
+  expected = take(make_loader(), 6)
+  found = take(make_loader(num_threads=threads, prefetch=threads), 6)
+  for a, b in zip(found, expected, strict=True):
+    assert_same(a, b)
+
+
+@pytest.mark.parametrize('position', [0, 1, 2, 5, 11])
+def test_a_run_goes_on_exactly_where_it_was_interrupted(make_loader, position):
+  expected = take(make_loader(), position + 3)
+  interrupted = make_loader(num_threads=4, prefetch=3)
+  take(interrupted, position)
+  # As it is kept, in a JSON file.
+  state = json.loads(json.dumps(interrupted.get_state()))
+  assert state['position'] == 4 * position
+  interrupted.close()
+  resumed = make_loader()
+  resumed.set_state(state)
+  for found, batch in zip(take(resumed, 3), expected[position:], strict=True):
+    assert_same(found, batch)
+  assert resumed.get_state()['position'] == 4 * (position + 3)
+
+
+def test_an_iterator_can_be_set_back(make_loader):
+  iterator = make_loader(prefetch=2)
+  take(iterator, 1)
+  state = iterator.get_state()
+  first = take(iterator, 3)
+  iterator.set_state(state)
+  for found, batch in zip(take(iterator, 3), first, strict=True):
+    assert_same(found, batch)
+
+
+def test_a_run_goes_on_with_another_number_of_hosts(make_loader):
+  expected = take(make_loader(), 5)
+  before = [make_loader(process_index=i, process_count=4) for i in range(4)]
+  for iterator in before:
+    take(iterator, 3)
+  states = [iterator.get_state() for iterator in before]
+  assert all(state == states[0] for state in states)
+  after = [make_loader(process_index=i, process_count=2) for i in range(2)]
+  for iterator in after:
+    iterator.set_state(states[0])
+  for batch in expected[3:]:
+    clips = [next(iterator)['clips'] for iterator in after]
+    np.testing.assert_array_equal(np.concatenate(clips), batch['clips'])
+
+
+def test_a_state_of_another_run_is_refused(make_loader):
+  state = make_loader().get_state()
+  with pytest.raises(errors.UserError, match='seed is 8, .* began with 7'):
+    make_loader(seed=8).set_state(state)
+  with pytest.raises(errors.UserError, match='not the dataset that this run'):
+    make_loader('flawed').set_state(state)
+  for malformed in ({}, state | {'position': 'x'}, {'position': 4}):
+    with pytest.raises(errors.UserError, match='malformed'):
+      make_loader().set_state(malformed)
+
+
+def test_batches_are_not_changed_by_those_that_follow(make_loader):
+  iterator = make_loader()
+  batches = take(iterator, 4)
+  copies = [batch['clips'].copy() for batch in batches]
+  take(iterator, 4)
+  for batch, copy in zip(batches, copies, strict=True):
+    np.testing.assert_array_equal(batch['clips'], copy)
+
+
+@pytest.fixture
+def warnings_logged() -> Iterator[list[str]]:
+  messages = []
+
+  class Keep(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+      messages.append(record.getMessage())
+
+  handler = Keep(logging.WARNING)
+  absl_logging.get_absl_logger().addHandler(handler)
+  yield messages
+  absl_logging.get_absl_logger().removeHandler(handler)
+
+
+def test_a_broken_video_is_replaced_by_the_next_and_logged_once(
+  make_loader, warnings_logged
+):
+  # Three epochs; names and order are those of the dataset without flaws.
+  intended = ids(take(make_loader(), 9))
+  iterator = make_loader('flawed')
+  found = ids(take(iterator, 8))
+  expected = []
+  for place in range(32):
+    while intended[place] in BROKEN:
+      place += 1
+    expected.append(intended[place])
+  assert found == expected
+  assert set(iterator.failed) == BROKEN
+  assert len(warnings_logged) == 3
+  for name in BROKEN:
+    (message,) = (m for m in warnings_logged if f'Video {name} ' in m)
+    assert 'cannot be decoded' in message
+    assert '\n' not in message
+
+
+def test_replacement_does_not_depend_on_hosts_or_threads(make_loader):
+  expected = take(make_loader('flawed'), 8)
+  parts = [
+    take(
+      make_loader('flawed', process_index=i, process_count=2, num_threads=5), 8
+    )
+    for i in range(2)
+  ]
+  for number, batch in enumerate(expected):
+    clips = np.concatenate([part[number]['clips'] for part in parts])
+    np.testing.assert_array_equal(clips, batch['clips'])
+
+
+def damaged(folder: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+  """A copy of `levels` with one record of each split damaged."""
+  shutil.copytree(
+    folder / 'tfrecord' / 'levels',
+    target / 'tfrecord' / 'levels',
+    ignore=shutil.ignore_patterns('*.npz'),
+  )
+  for split in ('train', 'validation'):
+    (path,) = target.rglob(f'*{split}.tfrecord-00000*')
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    path.write_bytes(content)
+  return target
+
+
+def test_a_damaged_record_is_replaced_too(prepared_datasets, tmp_path):
+  dataset = open_dataset(damaged(prepared_datasets, tmp_path))
+  iterator = loader.train_loader(
+    dataset, PREPROCESSING, batch_size=11, seed=0, num_threads=2, prefetch=1
+  )
+  names = next(iterator)['video_ids']
+  assert len(set(names)) == 10
+  assert list(iterator.failed) == ['record 0']
+  assert 'checksum' in iterator.failed['record 0']
+  iterator.close()
+
+
+@pytest.mark.parametrize('threads', [1, 4])
+def test_a_dataset_without_a_readable_video_ends_the_run(
+  prepared_datasets, monkeypatch, threads
+):
+  def fail(video: Any, *args: Any, **kwargs: Any) -> None:
+    raise decoding.VideoError('cannot be decoded: broken')
+
+  monkeypatch.setattr(views, 'train_clip', fail)
+  iterator = loader.train_loader(
+    open_dataset(prepared_datasets),
+    PREPROCESSING,
+    batch_size=4,
+    seed=0,
+    num_threads=threads,
+  )
+  with pytest.raises(errors.UserError, match='11 videos .* cannot be read'):
+    next(iterator)
+  iterator.close()
+
+
+def test_a_mistake_in_the_program_is_not_taken_for_a_broken_video(
+  prepared_datasets, monkeypatch
+):
+  def fail(video: Any, *args: Any, **kwargs: Any) -> None:
+    raise TypeError('mistake')
+
+  monkeypatch.setattr(views, 'train_clip', fail)
+  iterator = loader.train_loader(
+    open_dataset(prepared_datasets), PREPROCESSING, batch_size=4, seed=0
+  )
+  with pytest.raises(TypeError, match='mistake'):
+    next(iterator)
+  iterator.close()
+
+
+def test_videos_are_read_in_parallel_and_not_too_far_ahead(
+  make_loader, monkeypatch
+):
+  lock, running, most, begun = threading.Lock(), 0, 0, 0
+  four = threading.Barrier(4)
+  train_clip = views.train_clip
+
+  def slow(*args: Any, **kwargs: Any) -> np.ndarray:
+    nonlocal running, most, begun
+    with lock:
+      running += 1
+      begun += 1
+      most = max(most, running)
+      is_first = begun <= 4
+    if is_first:
+      four.wait(timeout=30)  # Fails unless four are at it together.
+    with lock:
+      running -= 1
+    return train_clip(*args, **kwargs)
+
+  wait_for_threads()  # Those of other tests.
+  monkeypatch.setattr(views, 'train_clip', slow)
+  iterator = make_loader(num_threads=4, prefetch=2)
+  next(iterator)
+  time.sleep(1)
+  assert most == 4
+  # The batch taken, two ahead, one stacked and one that waits to be.
+  assert 4 * 3 <= begun <= 4 * 5
+
+
+def wait_for_threads() -> list[str]:
+  """Threads of Grain that are still there after a while."""
+  names = ['not looked yet']
+  end = time.monotonic() + 10
+  while names and time.monotonic() < end:
+    time.sleep(0.02)
+    names = [t.name for t in threading.enumerate() if 'grain' in t.name]
+  return names
+
+
+def test_closing_ends_all_threads(make_loader, prepared_datasets):
+  wait_for_threads()
+  iterator = make_loader(num_threads=4, prefetch=2)
+  next(iterator)
+  assert any('grain' in thread.name for thread in threading.enumerate())
+  iterator.close()
+  assert wait_for_threads() == []
+  dataset = open_dataset(prepared_datasets)
+  batches = loader.test_loader(dataset, PREPROCESSING, batch_size=2)
+  for _ in batches:
+    break
+  assert wait_for_threads() == []
+
+
+def test_a_program_may_end_while_batches_are_read(prepared_datasets):
+  program = """
+import sys
+from dualformer_jax.input_pipeline import loader, records, views
+iterator = loader.train_loader(
+  records.PreparedDataset('levels', 'train', sys.argv[1]),
+  views.Preprocessing(4, 2, 24),
+  batch_size=4,
+  seed=0,
+  prefetch=4,
+)
+for _ in range(3):
+  next(iterator)
+print('done')
+"""
+  result = subprocess.run(
+    [sys.executable, '-c', program, prepared_datasets / 'tfrecord'],
+    cwd=conftest.REPOSITORY,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=60,
+  )
+  assert (result.returncode, result.stdout) == (0, 'done\n')
+  assert 'Traceback' not in result.stderr
+
+
+def test_arguments_out_of_range_are_refused(make_loader, prepared_datasets):
+  with pytest.raises(errors.UserError, match='multiple of the 3 hosts, got 4'):
+    make_loader(process_count=3)
+  with pytest.raises(errors.UserError, match='multiple of the 1 hosts, got 0'):
+    make_loader(batch_size=0)
+  with pytest.raises(errors.UserError, match='num_threads and prefetch'):
+    make_loader(num_threads=0)
+  with pytest.raises(errors.UserError, match='seed must be in'):
+    make_loader(seed=-1)
+  with pytest.raises(errors.UserError, match='num_threads must be 1'):
+    loader.test_loader(
+      open_dataset(prepared_datasets),
+      PREPROCESSING,
+      batch_size=4,
+      num_threads=0,
+    )
+
+
+def test_one_video_is_enough_for_any_batch(prepared_datasets, monkeypatch):
+  dataset = open_dataset(prepared_datasets)
+  monkeypatch.setattr(type(dataset), '__len__', lambda self: 1)
+  iterator = loader.train_loader(
+    dataset, PREPROCESSING, batch_size=3, seed=0, num_threads=1
+  )
+  assert len(set(ids(take(iterator, 2)))) == 1
+  iterator.close()
+
+
+@pytest.mark.parametrize('hosts', [1, 2, 3])
+def test_every_video_is_tested_once_over_all_hosts(prepared_datasets, hosts):
+  dataset = open_dataset(prepared_datasets)
+  parts = [
+    loader.test_loader(
+      dataset,
+      PREPROCESSING,
+      batch_size=6,
+      process_index=index,
+      process_count=hosts,
+      num_threads=3,
+    )
+    for index in range(hosts)
+  ]
+  seen = []
+  for part in parts:
+    assert len(part) == 2
+    batches = list(part)
+    assert len(batches) == 2
+    for batch in batches:
+      rows = 6 // hosts
+      assert set(batch) == {'views', 'labels', 'mask', 'video_ids', 'failed'}
+      assert batch['views'].shape == (rows, 6, 4, 24, 24, 3)
+      assert batch['views'].dtype == np.uint8
+      assert batch['labels'].shape == batch['mask'].shape == (rows,)
+      assert batch['mask'].dtype == np.bool_
+      assert batch['failed'] == []
+      for pixels, label, valid, name in zip(
+        batch['views'],
+        batch['labels'],
+        batch['mask'],
+        batch['video_ids'],
+        strict=True,
+      ):
+        if not valid:
+          assert name == ''
+          assert not pixels.any()
+          continue
+        seen.append(name)
+        index = int(name.removeprefix('train/'))
+        assert label == index % 3
+        # Offsets int(1.25) and int(3.75) of 12 frames, crop by crop.
+        levels = pixels.mean((1, 2, 3, 4)) - 20 - 17 * index
+        np.testing.assert_allclose(levels, [4, 6] * 3, atol=1)
+  assert len(seen) == 11
+  assert set(seen) == {f'train/{index}' for index in range(11)}
+
+
+def test_hosts_test_their_rows_of_the_same_global_batches(prepared_datasets):
+  dataset = open_dataset(prepared_datasets)
+  whole = list(loader.test_loader(dataset, PREPROCESSING, batch_size=6))
+  parts = [
+    list(
+      loader.test_loader(
+        dataset,
+        PREPROCESSING,
+        batch_size=6,
+        process_index=index,
+        process_count=2,
+      )
+    )
+    for index in range(2)
+  ]
+  for number, batch in enumerate(whole):
+    for name in ('views', 'labels', 'mask', 'video_ids'):
+      rows = np.concatenate([part[number][name] for part in parts])
+      np.testing.assert_array_equal(rows, batch[name])
+
+
+def test_testing_can_be_repeated_and_left_early(prepared_datasets):
+  batches = loader.test_loader(
+    open_dataset(prepared_datasets), PREPROCESSING, batch_size=3, num_threads=2
+  )
+  early: Any = iter(batches)
+  first = next(early)
+  early.close()
+  for _ in range(2):
+    found = list(batches)
+    assert len(found) == len(batches) == 4
+    assert_same(found[0], first)
+
+
+def test_broken_test_videos_are_listed_and_masked_never_replaced(
+  prepared_datasets,
+):
+  batches = loader.test_loader(
+    open_dataset(prepared_datasets, 'flawed'), PREPROCESSING, batch_size=4
+  )
+  seen, failed = [], []
+  for batch in batches:
+    names = np.array(batch['video_ids'])
+    seen += list(names[batch['mask']])
+    failed += batch['failed']
+    for name, _ in batch['failed']:
+      (row,) = np.flatnonzero(names == name)
+      assert not batch['mask'][row]
+      assert not batch['views'][row].any()
+      assert batch['labels'][row] == int(name.removeprefix('train/')) % 3
+  assert sorted(seen + [name for name, _ in failed]) == sorted(
+    f'train/{index}' for index in range(11)
+  )
+  assert {name for name, _ in failed} == BROKEN
+  for _, reason in failed:
+    assert 'cannot be decoded' in reason
+    assert '\n' not in reason
+
+
+def test_damaged_test_records_are_listed(prepared_datasets, tmp_path):
+  dataset = open_dataset(
+    damaged(prepared_datasets, tmp_path), split='validation'
+  )
+  (batch,) = loader.test_loader(dataset, PREPROCESSING, batch_size=5)
+  assert batch['mask'].sum() == 4
+  ((name, reason),) = batch['failed']
+  assert name == 'record 0'
+  assert 'checksum' in reason
+
+
+def test_several_labels_are_tested(prepared_datasets):
+  dataset = open_dataset(prepared_datasets, 'levels_multi')
+  last = list(loader.test_loader(dataset, PREPROCESSING, batch_size=8))[-1]
+  assert last['labels'].shape == (8, 3)
+  assert last['labels'].dtype == np.float32
+  np.testing.assert_array_equal(last['mask'], np.arange(8) < 3)
+  for row, name in zip(last['labels'], last['video_ids'], strict=True):
+    count = int(name.removeprefix('train/')) % 4 if name else 0
+    np.testing.assert_array_equal(row, np.arange(3) < count)
+
+
+def test_the_short_side_may_be_larger_than_the_crop(prepared_datasets):
+  dataset = open_dataset(prepared_datasets)
+  (batch, *_) = loader.test_loader(
+    dataset,
+    views.Preprocessing(4, 2, 24),
+    batch_size=2,
+    short_side=28,
+    num_threads=1,
+  )
+  example = dataset[1]
+  expected = views.test_views(
+    example.video, views.Preprocessing(4, 2, 24), short_side=28
+  )
+  np.testing.assert_array_equal(batch['views'][1], expected)
