@@ -472,18 +472,16 @@ def test_real_clips_are_decoded_as_opencv_does(clips_dir, name):
   for frame in decoding.stream_frames(path):
     found, expected = capture.read()
     assert found
-    np.testing.assert_array_equal(frame, expected[..., ::-1])
+    assert np.array_equal(frame, expected[..., ::-1])
     frames.append(frame)
   assert not capture.read()[0]
   capture.release()
   assert len(frames) == count
-  rng = np.random.default_rng(0)
-  for _ in range(2):
-    indices = rng.integers(count, size=3)
-    np.testing.assert_array_equal(
-      decoding.decode_frames(path.read_bytes(), indices),
-      [frames[i] for i in indices],
-    )
+  indices = np.random.default_rng(0).integers(count, size=4)
+  np.testing.assert_array_equal(
+    decoding.decode_frames(path.read_bytes(), indices),
+    [frames[i] for i in indices],
+  )
 
 
 def test_the_broken_clip_is_told(clips_dir):

@@ -150,7 +150,7 @@ def test_threads_and_reading_ahead_do_not_change_the_stream(
     assert_same(a, b)
 
 
-@pytest.mark.parametrize('position', [0, 1, 2, 5, 11])
+@pytest.mark.parametrize('position', [0, 1, 6])
 def test_a_run_goes_on_exactly_where_it_was_interrupted(make_loader, position):
   expected = take(make_loader(), position + 3)
   interrupted = make_loader(num_threads=4, prefetch=3)

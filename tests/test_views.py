@@ -114,7 +114,7 @@ def test_random_resized_crops_have_the_area_and_aspect_described():
   frames = numbered(1, 160, 240)
   rng = np.random.default_rng(0)
   size = 24
-  crops = [views.random_resized_crop(frames, size, rng) for _ in range(3000)]
+  crops = [views.random_resized_crop(frames, size, rng) for _ in range(1500)]
   top, left, height, width = corners(crops, size).T
   area, aspect = height * width / (160 * 240), width / height
   # Corners are found to about a pixel.

@@ -266,6 +266,11 @@ class _Timetable:
   times: list[int]
   keyframes: list[int]
 
+  def start(self, index: int) -> int:
+    """The keyframe that a frame is decoded from."""
+    place = bisect.bisect_right(self.keyframes, index)
+    return self.keyframes[place - 1]
+
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
@@ -528,20 +533,14 @@ def _decode_by_seeking(
   """
   place = {time: index for index, time in enumerate(timetable.times)}
   frames: dict[int, Frame] = {}
-
-  def start(index: int) -> int:
-    """The keyframe that a frame is decoded from."""
-    starts = timetable.keyframes
-    return starts[bisect.bisect_right(starts, index) - 1]
-
   pending = collections.deque(sorted(set(wanted)))
   while pending:
     # Frames that are decoded in one go.
     run = [pending.popleft()]
-    while pending and start(pending[0]) - run[-1] <= _MAX_SKIPPED:
+    while pending and timetable.start(pending[0]) - run[-1] <= _MAX_SKIPPED:
       run.append(pending.popleft())
     try:
-      time = timetable.times[start(run[0])]
+      time = timetable.times[timetable.start(run[0])]
       reader.container.seek(time, stream=reader.stream)
     except _FAILURES:
       return None

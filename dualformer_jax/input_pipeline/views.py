@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 
 import cv2
@@ -80,16 +81,7 @@ def test_views(
   """
   p = preprocessing
   short_side = p.image_size if short_side is None else short_side
-
-  def pick(total: int) -> Int[np.ndarray, ' t']:
-    if p.sampling == 'uniform':
-      indices = frame_sampling.uniform_test_frames(total, p.num_frames)
-    else:
-      indices = frame_sampling.test_frames(
-        total, p.num_frames, p.frame_interval, p.num_clips
-      )
-    return indices.ravel()
-
+  pick = functools.partial(_pick_test_frames, p)
   frames = _picked_frames(video, pick, short_side)
   if p.num_crops == 3:
     crops = three_crops(frames, p.image_size)
@@ -121,16 +113,7 @@ def train_clip(
     VideoError: the video cannot be decoded, or has no frame.
   """
   p = preprocessing
-
-  def pick(total: int) -> Int[np.ndarray, ' t']:
-    if p.sampling == 'uniform':
-      indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
-    else:
-      indices = frame_sampling.train_frames(
-        total, p.num_frames, p.frame_interval, 1, rng
-      )
-    return indices.ravel()
-
+  pick = functools.partial(_pick_train_frames, p, rng)
   frames = _picked_frames(video, pick, short_side)
   if random_crop:
     return random_resized_crop(frames, p.image_size, rng)
@@ -206,6 +189,28 @@ def random_resized_crop(
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
   cropped = _crop(frames, top, left, crop_height, crop_width)
   return _resize(cropped, size, size)
+
+
+def _pick_test_frames(p: Preprocessing, total: int) -> Int[np.ndarray, ' t']:
+  if p.sampling == 'uniform':
+    indices = frame_sampling.uniform_test_frames(total, p.num_frames)
+  else:
+    indices = frame_sampling.test_frames(
+      total, p.num_frames, p.frame_interval, p.num_clips
+    )
+  return indices.ravel()
+
+
+def _pick_train_frames(
+  p: Preprocessing, rng: np.random.Generator, total: int
+) -> Int[np.ndarray, ' t']:
+  if p.sampling == 'uniform':
+    indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
+  else:
+    indices = frame_sampling.train_frames(
+      total, p.num_frames, p.frame_interval, 1, rng
+    )
+  return indices.ravel()
 
 
 def _picked_frames(
