@@ -84,6 +84,8 @@ class VideoInfo:
 def probe(video: Source) -> VideoInfo:
   """Decodes everything once, to know that it can be.
 
+  Damage that the decoder conceals, as players do, is not an error.
+
   Args:
     video: the file's content, or its path.
 
@@ -225,7 +227,8 @@ def encode_mp4(
       rate=fractions.Fraction(fps).limit_denominator(1001),
       options={
         'crf': str(crf),
-        # Takes a quarter of the default's time, and no more bytes.
+        # A third of the default's time for 4 to 8% fewer bytes, and pictures
+        # about 0.7 dB farther from the original.
         'preset': 'veryfast',
         'tune': 'fastdecode',
         'x264-params': (
