@@ -99,11 +99,13 @@ class Checkpoints:
     if latest is None or latest.step < description.step:
       self._checkpointer.save_checkpointables_async(
         description.step,
-        {
-          'params': state.params,
-          'batch_stats': state.batch_stats,
-          'opt_state': state.opt_state,
-        },
+        _with_arrays(
+          {
+            'params': state.params,
+            'batch_stats': state.batch_stats,
+            'opt_state': state.opt_state,
+          }
+        ),
         custom_metadata=_to_json(description),
       )
 
@@ -147,7 +149,7 @@ def save_model(
 
   Args:
     folder: where to; it must not exist, or be empty.
-    variables: 'params' and 'batch_stats'.
+    variables: 'params' and, if the model has any, 'batch_stats'.
     description: what the folder says of itself.
 
   Raises:
@@ -166,10 +168,7 @@ def save_model(
     path.parent.mkdir(parents=True, exist_ok=True)
     ocp.save_checkpointables(
       str(path),
-      {
-        'params': jax.tree.map(jnp.asarray, variables['params']),
-        'batch_stats': jax.tree.map(jnp.asarray, variables['batch_stats']),
-      },
+      _with_arrays(jax.tree.map(jnp.asarray, dict(variables))),
       custom_metadata=_to_json(description),
     )
   except OSError as error:
@@ -296,10 +295,8 @@ def _tuples(value: Any) -> Any:
 
 
 def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
-  # Orbax leaves out trees without arrays.
-  wanted = {name: tree for name, tree in abstract.items() if tree}
   try:
-    loaded = ocp.load_checkpointables(str(folder), wanted)
+    loaded = ocp.load_checkpointables(str(folder), _with_arrays(abstract))
   except Exception as error:  # of many kinds, one for each way to be broken
     reason = str(error).strip().partition('\n')[0][:300]
     raise UserError(
@@ -307,3 +304,8 @@ def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
       'than it says: copy or convert it again'
     ) from error
   return {**abstract, **loaded}
+
+
+def _with_arrays(trees: dict[str, Any]) -> dict[str, Any]:
+  """Leaves out the trees without arrays, which Orbax does not take."""
+  return {name: tree for name, tree in trees.items() if jax.tree.leaves(tree)}
