@@ -1,0 +1,393 @@
+"""PyTorch checkpoints become folders and come back, or nothing is written."""
+
+import os
+import pathlib
+import pickle
+import runpy
+import subprocess
+import sys
+from typing import Any
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+
+from dualformer_jax import convert, pytorch
+from dualformer_jax.errors import UserError
+from dualformer_jax.models import dualformer
+from dualformer_jax.training import checkpoint, step
+from tests import levels_datasets, reference_arrays
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = 'configs/k400_tiny.py'
+# What differs between that config and the model `micro`, as flags.
+MICRO_FLAGS = (
+  f'--config={CONFIG}',
+  '--config.model.depths=2,2,2,2',
+  '--config.model.embed_dims=16,32,64,128',
+  '--config.model.num_heads=1,2,4,8',
+  '--config.model.num_classes=10',
+)
+
+
+def _convert(*flags: object) -> subprocess.CompletedProcess[str]:
+  return subprocess.run(
+    [sys.executable, '-m', 'dualformer_jax.convert', *map(str, flags)],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+
+
+def _assert_same(found: Any, expected: Any) -> None:
+  assert list(found) == list(expected)
+  for name, array in expected.items():
+    np.testing.assert_array_equal(found[name], array, name, strict=True)
+
+
+def _micro_config(**fields: Any) -> Any:
+  config = runpy.run_path(str(ROOT / CONFIG))['get_config']()
+  config.model.update(reference_arrays.MODELS['micro'] | fields)
+  return config
+
+
+@pytest.fixture(scope='module', name='weights')
+def _weights() -> dict[str, np.ndarray]:
+  weights = reference_arrays.state_dict('micro', 1)
+  weights['backbone.blocks.0.1.attn.lr.1.num_batches_tracked'] += 12345
+  return weights
+
+
+@pytest.fixture(name='pth')
+def _pth(tmp_path, weights) -> pathlib.Path:
+  pytorch.write_pth(tmp_path / 'model.pth', weights)
+  return tmp_path / 'model.pth'
+
+
+def _put_beside(path: pathlib.Path, beside: dict[str, Any]) -> None:
+  """Rewrites a bare state_dict as {**beside, 'state_dict': state_dict}."""
+  with zipfile.ZipFile(path) as archive:
+    entries = {name: archive.read(name) for name in archive.namelist()}
+
+  def push(value: object) -> bytes:  # a pickle without its head and its stop
+    return pickle.dumps(value, 2)[2:-1]
+
+  items = b''.join(push(key) + push(value) for key, value in beside.items())
+  state_dict = entries['archive/data.pkl'][2:-1]
+  entries['archive/data.pkl'] = (
+    b'\x80\x02}(' + items + push('state_dict') + state_dict + b'u.'
+  )
+  with zipfile.ZipFile(path, 'w') as archive:
+    for name, content in entries.items():
+      archive.writestr(name, content)
+
+
+# --- There and back, as processes
+
+
+def test_a_pth_file_becomes_a_folder_and_comes_back_exactly_equal(tmp_path):
+  weights = reference_arrays.state_dict('micro_tokenlabel', 1)
+  pth, folder = tmp_path / 'model.pth', tmp_path / 'new' / 'folder'
+  pytorch.write_pth(pth, {f'module.{k}': w for k, w in weights.items()})
+  _put_beside(pth, {'meta': {'epoch': 30}, 'optimizer': {}, 'amp': None})
+  names = tmp_path / 'names.txt'
+  names.write_text('\n'.join(f'Klasse {i} übt' for i in range(10)) + '\n')
+
+  done = _convert(
+    f'--src={pth}',
+    f'--dst={folder}',
+    *MICRO_FLAGS,
+    '--config.test.num_crops=3',
+    '--config.dataset.frame_interval=4',
+    f'--class_names={names}',
+  )
+  assert (done.returncode, done.stderr) == (0, '')
+  # Rows of the table: tensors and numbers of each part.
+  rows = {
+    line[:22].strip(): [int(n.replace(',', '')) for n in line[22:].split()]
+    for line in done.stdout.splitlines()
+    if line[22:].replace(',', '').replace(' ', '').isdigit()
+  }
+  parts = {
+    'stage 2': ('patch_embeds.2.', 'blocks.2.', 'pos_block.2.'),
+    'head': ('fc_cls.',),
+    'token-label head': ('token_linear.',),
+    'BatchNorm statistics': ('running_', 'num_batches_tracked'),
+    'all': ('',),
+  }
+  for row, of_names in parts.items():
+    sizes = [
+      array.size
+      for name, array in weights.items()
+      if any(part in name for part in of_names)
+    ]
+    assert rows[row] == [len(sizes), sum(sizes)], row
+  for dropped in ("'meta'", "'optimizer'", "'amp'", "'module.'"):
+    assert dropped in done.stdout
+  assert 'Klasse 9 übt' in done.stdout
+  assert f"dualformer_jax.load('{folder}')" in done.stdout
+
+  _, description = checkpoint.load_model(folder)
+  assert description.class_names[3] == 'Klasse 3 übt'
+  assert description.model['token_label'] is True
+  preprocessing = description.preprocessing
+  assert preprocessing.num_frames == 32
+  assert preprocessing.frame_interval == 4
+  assert preprocessing.image_size == 224
+  assert (preprocessing.num_clips, preprocessing.num_crops) == (4, 3)
+  assert preprocessing.pixel_mean == (123.675, 116.28, 103.53)
+  assert preprocessing.pixel_std == (58.395, 57.12, 57.375)
+
+  back = tmp_path / 'back.pth'
+  done = _convert(f'--src={folder}', f'--dst={back}')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert 'class names' in done.stdout
+  _assert_same(pytorch.read_pth(back), weights)
+
+
+def test_torch_reads_what_was_converted_back(tmp_path, pth, weights):
+  torch = pytest.importorskip('torch')
+  convert.pth_to_folder(pth, tmp_path / 'folder', _micro_config())
+  convert.folder_to_pth(tmp_path / 'folder', tmp_path / 'back.pth')
+  loaded = torch.load(tmp_path / 'back.pth', weights_only=True)
+  _assert_same({name: t.numpy() for name, t in loaded.items()}, weights)
+
+
+# --- What is not right, as processes: one line each, and nothing written
+
+
+class _Call:
+  def __init__(self, command: str):
+    self.command = command
+
+  def __reduce__(self):
+    return os.system, (self.command,)
+
+
+def _add_unknown(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
+  odd = {'backbone.extra.weight': np.zeros((2, 3), np.float32)}
+  pytorch.write_pth(path, {**weights, **odd}, overwrite=True)
+
+
+def _take_away(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
+  rest = {k: w for k, w in weights.items() if k != 'backbone.norm.weight'}
+  pytorch.write_pth(path, rest, overwrite=True)
+
+
+def _reshape(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
+  other = {'cls_head.fc_cls.weight': np.zeros((10, 64), np.float32)}
+  pytorch.write_pth(path, {**weights, **other}, overwrite=True)
+
+
+def _truncate(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
+  del weights
+  path.write_bytes(path.read_bytes()[:-1000])
+
+
+def _attack(path: pathlib.Path, weights: dict[str, np.ndarray]) -> None:
+  del weights
+  marker = path.with_name('code-was-run')
+  _put_beside(path, {'meta': _Call(f'touch {marker}')})
+
+
+@pytest.mark.parametrize(
+  ('damage', 'expected'),
+  [
+    (_add_unknown, "1 unknown: 'backbone.extra.weight' (2, 3)"),
+    (_take_away, '1 missing: backbone.norm.weight (128,)'),
+    (_reshape, 'cls_head.fc_cls.weight expected (10, 128) found (10, 64)'),
+    (_truncate, 'truncated'),
+    (_attack, 'system'),
+  ],
+)
+def test_a_malformed_file_is_one_line_and_nothing_is_written(
+  tmp_path, pth, weights, damage, expected
+):
+  damage(pth, weights)
+  before = sorted(tmp_path.iterdir())
+  done = _convert(f'--src={pth}', f'--dst={tmp_path / "folder"}', *MICRO_FLAGS)
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert expected in line
+  assert str(pth) in line
+  assert (done.returncode, done.stdout) == (2, '')
+  assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+  ('flags', 'expected'),
+  [
+    (
+      [*MICRO_FLAGS, '--config.model.num_clases=10'],
+      "no field 'num_clases'; did you mean 'num_classes'?",
+    ),
+    (
+      [*MICRO_FLAGS, '--config.model.window=8,seven,7'],
+      'config.model describes no model',
+    ),
+    (
+      [*MICRO_FLAGS, '--config.model.dtype=float23'],
+      'config.model describes no model',
+    ),
+    ([], '--config must be given to convert a .pth file'),
+    (['--dst=other.pth'], 'are both files'),
+    (['--src={folder}'], 'ends in .pth'),
+    (
+      ['--src={folder}', '--dst={folder}.pth', f'--config={CONFIG}'],
+      '--config and --class_names have no effect',
+    ),
+    (['--src={folder}', '--dst={folder}.pth'], 'holds no checkpoint'),
+  ],
+)
+def test_flags_that_do_not_fit_are_one_line(tmp_path, pth, flags, expected):
+  folder = tmp_path / 'folder'
+  folder.mkdir()
+  flags = [f'--src={pth}', f'--dst={tmp_path / "new"}', *flags]
+  done = _convert(*(flag.format(folder=folder) for flag in flags))
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: ')
+  assert expected in line
+  assert (done.returncode, done.stdout) == (2, '')
+  assert sorted(tmp_path.iterdir()) == [folder, pth]
+
+
+# --- Details
+
+
+def test_the_number_of_classes_is_that_of_the_file_or_of_both(tmp_path, pth):
+  dst = tmp_path / 'folder'
+  config = _micro_config(num_classes=400)
+  message = r'10 classes.* 400.*--config\.model\.num_classes=10'
+  with pytest.raises(UserError, match=message):
+    convert.pth_to_folder(pth, dst, config)
+  assert not dst.exists()
+  convert.pth_to_folder(pth, dst, _micro_config(num_classes=0))
+  assert checkpoint.load_model(dst)[1].model['num_classes'] == 10
+
+
+def test_an_image_checkpoint_is_told_from_a_video_one(tmp_path):
+  pth = tmp_path / 'image.pth'
+  pytorch.write_pth(pth, reference_arrays.state_dict('micro_2d', 1))
+  with pytest.raises(UserError, match='model of images.*not supported yet'):
+    convert.pth_to_folder(pth, tmp_path / 'folder', _micro_config())
+
+
+def test_another_recipe_is_told_by_the_shapes(tmp_path, pth):
+  config = _micro_config(num_frames=16)
+  with pytest.raises(UserError, match=r'blocks\.0\.1\.attn\.sr\.weight'):
+    convert.pth_to_folder(pth, tmp_path / 'folder', config)
+
+
+def test_what_is_there_already_is_kept(tmp_path, pth):
+  config = _micro_config()
+  taken = tmp_path / 'taken'
+  taken.mkdir()
+  (taken / 'file').write_text('mine')
+  for dst in (taken, taken / 'file'):
+    with pytest.raises(UserError, match='nothing was written'):
+      convert.pth_to_folder(pth, dst, config)
+  with pytest.raises(UserError, match='cannot be written'):
+    convert.pth_to_folder(pth, taken / 'file' / 'below', config)
+  assert (taken / 'file').read_text() == 'mine'
+
+  convert.pth_to_folder(pth, tmp_path / 'folder', config)
+  content = pth.read_bytes()
+  with pytest.raises(UserError, match='exists already'):
+    convert.folder_to_pth(tmp_path / 'folder', pth)
+  assert pth.read_bytes() == content
+
+
+def test_other_floats_become_float32_and_that_is_said(tmp_path, weights):
+  pth, dst = tmp_path / 'half.pth', tmp_path / 'folder'
+  half = {
+    name: w.astype(ml_dtypes.bfloat16) if w.dtype == np.float32 else w
+    for name, w in weights.items()
+  }
+  pytorch.write_pth(pth, half)
+  assert 'were bfloat16, now float32' in convert.pth_to_folder(
+    pth, dst, _micro_config()
+  )
+  variables, _ = checkpoint.load_model(dst)
+  found = variables['params']['cls_head']['fc_cls']['bias']
+  assert found.dtype == np.float32
+  expected = half['cls_head.fc_cls.bias'].astype(np.float32)
+  np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+  ('content', 'expected'),
+  [
+    (b'a\nb\n', '2 names on 2 lines'),
+    (b'a\n\n' + 8 * b'b\n', '9 names on 10 lines'),
+    (b'\xff\xfe', 'cannot be read'),
+    (None, 'cannot be read'),
+  ],
+)
+def test_class_names_that_do_not_fit_are_refused(
+  tmp_path, pth, content, expected
+):
+  names, dst = tmp_path / 'names.txt', tmp_path / 'folder'
+  if content is not None:
+    names.write_bytes(content)
+  with pytest.raises(UserError, match=expected) as error:
+    convert.pth_to_folder(pth, dst, _micro_config(), str(names))
+  assert str(names) in str(error.value)
+  assert not dst.exists()
+
+
+def test_class_names_are_those_of_the_prepared_dataset(
+  tmp_path, weights, prepared_datasets
+):
+  config = _micro_config(num_classes=0)
+  config.dataset.name = 'levels'
+  config.dataset.data_dir = str(prepared_datasets / 'tfrecord')
+  for count, names in [
+    (3, levels_datasets.CLASSES),
+    (4, ('class 0', 'class 1', 'class 2', 'class 3')),
+  ]:
+    pth, dst = tmp_path / f'{count}.pth', tmp_path / str(count)
+    head = {
+      f'cls_head.fc_cls.{name}': weights[f'cls_head.fc_cls.{name}'][:count]
+      for name in ('weight', 'bias')
+    }
+    pytorch.write_pth(pth, weights | head)
+    printed = convert.pth_to_folder(pth, dst, config)
+    assert str(prepared_datasets / 'tfrecord' / 'levels') in printed
+    assert ('are not known' in printed) == (count == 4)
+    assert checkpoint.load_model(dst)[1].class_names == names
+
+
+def test_a_training_checkpoint_gives_its_model_alone(tmp_path):
+  model = dualformer.DualFormer(
+    depths=(1, 1, 1, 1),
+    embed_dims=(8, 8, 8, 8),
+    num_heads=(1, 1, 1, 1),
+    num_classes=2,
+    num_frames=4,
+    image_size=32,
+  )
+  state = jax.jit(lambda: step.init_state(model, optax.adam(1e-3), seed=0))()
+  description = checkpoint.Description(
+    model={name: getattr(model, name) for name in _micro_config().model},
+    preprocessing=convert.loop.make_preprocessing(_micro_config()),
+    class_names=('a', 'b'),
+    step=7,
+  )
+  series = checkpoint.Checkpoints(tmp_path / 'run' / checkpoint.NEWEST)
+  series.save(state.replace(step=jnp.asarray(7)), description)
+  series.close()
+
+  printed = convert.folder_to_pth(tmp_path / 'run', tmp_path / 'model.pth')
+  assert 'left out: the optimizer at step 7' in printed
+  found = pytorch.read_pth(tmp_path / 'model.pth')
+  assert all(name.startswith(('backbone.', 'cls_head.')) for name in found)
+  assert len(found) == len(jax.tree.leaves([state.params, state.batch_stats]))
+  np.testing.assert_array_equal(
+    found['cls_head.fc_cls.weight'].T,
+    state.params['cls_head']['fc_cls']['kernel'],
+  )
