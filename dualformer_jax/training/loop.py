@@ -26,8 +26,12 @@ from dualformer_jax.training import (
   checkpoint,
   evaluate,
   metrics,
-  optimizer as optimizers,
   sharding,
+)
+from dualformer_jax.training import (
+  optimizer as optimizers,
+)
+from dualformer_jax.training import (
   step as steps,
 )
 
@@ -533,17 +537,31 @@ def start_from(
 ) -> steps.TrainState:
   """Returns the first state with the parameters of the checkpoint at `path`.
 
+  If its classes are others, then its head is left out and stays as it is.
+
   Raises:
-    UserError: there is none, or it is of another model.
+    UserError: there is no checkpoint, or it is of another model.
   """
   variables, saved = checkpoint.load_model(path)
+  params = dict(variables['params'])
+  if saved.class_names != description.class_names:
+    _LOG.info('%s knows other classes: the head is made anew', path)
+    head = {
+      name: description.model[name] for name in ('num_classes', 'token_label')
+    }
+    saved = dataclasses.replace(
+      saved,
+      model={**saved.model, **head},
+      class_names=description.class_names,
+    )
+    params['cls_head'] = state.params['cls_head']
   check_same_model(saved, description, path)
 
   def put(new, old):
     return jax.device_put(new, old.sharding)
 
   return state.replace(
-    params=jax.tree.map(put, variables['params'], state.params),
+    params=jax.tree.map(put, params, state.params),
     batch_stats=jax.tree.map(put, variables['batch_stats'], state.batch_stats),
   )
 
