@@ -1,5 +1,6 @@
 """DualFormer, a local-global stratified video transformer, in JAX."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -8,7 +9,7 @@ if TYPE_CHECKING:
 __version__ = '0.1.0'
 
 
-def load(path: str, **options: Any) -> 'Recognizer':
+def load(path: str | os.PathLike[str], **options: Any) -> 'Recognizer':
   """Returns the checkpoint at `path` ready to use; see Recognizer.load."""
   # Imported late: models and steps are usable without the data libraries.
   from dualformer_jax.recognizer import Recognizer

@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests import tfds_command
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 
@@ -49,3 +51,20 @@ def prepared_datasets(
     timeout=300,
   )
   return folder
+
+
+@pytest.fixture(scope='session')
+def motion_dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """The data_dir of a small `motion`: 48 videos in each of its splits."""
+  folder = tmp_path_factory.mktemp('motion')
+  done = tfds_command.tfds_build(
+    'data/motion', '--max_examples_per_split=48', f'--data_dir={folder}'
+  )
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+@pytest.fixture(scope='session')
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+  """Where training processes keep what they compile, for those that follow."""
+  return tmp_path_factory.mktemp('compilation_cache')

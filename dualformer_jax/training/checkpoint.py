@@ -135,8 +135,12 @@ class Checkpoints:
     )
     return TrainState(step=step, **loaded), description
 
+  def wait(self) -> None:
+    """Waits until what was saved is on disk."""
+    self._checkpointer.wait()
+
   def close(self) -> None:
-    """Waits until all is on disk."""
+    """Waits until all is on disk, and ends the series."""
     self._checkpointer.close()
 
 

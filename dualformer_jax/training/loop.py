@@ -197,12 +197,14 @@ def train_and_test(
     if best_score is None or score > best_score:
       best_score = score
       best_checkpoints.save(state, describe(step, score))
+      # Before a later state is saved, from which this is not done again.
+      best_checkpoints.wait()
 
   # ------------------------------------------------------------------ steps
   step = int(state.step)
-  if step == total_steps:
-    _LOG.info('training was done before: %d steps', total_steps)
-  elif step and step % validation_steps == 0:
+  if step >= total_steps:
+    _LOG.info('training was done before: %d steps', step)
+  if step and (step % validation_steps == 0 or step >= total_steps):
     validate(step)  # the process may have ended before it was done
   first_step_began = last_line = time.monotonic()
   last_step = step
@@ -257,12 +259,13 @@ def train_and_test(
   if writer:
     writer.close()
   clips.close()
-  if step < total_steps:
+  if step < total_steps or stop.requested(step):
     _LOG.info(
       'stopped by SIGTERM; saved step %d: the same command goes on from it',
       step,
     )
     raise SystemExit(_EXIT_STOPPED)
+  stop.close()
 
   # ------------------------------------------------------------------- test
   return _test(
@@ -598,6 +601,13 @@ class _StopSignal:
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
     return self._came
+
+  def close(self) -> None:
+    """Lets SIGTERM end the process at once, as nothing is left to save."""
+    if jax.process_count() == 1:
+      signal.signal(signal.SIGTERM, signal.SIG_DFL)
+      if self._came:
+        raise SystemExit(_EXIT_STOPPED)
 
 
 def _variables(state: steps.TrainState) -> dict[str, Any]:

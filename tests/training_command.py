@@ -1,0 +1,81 @@
+"""Runs `python -m dualformer_jax.main` as a user does, on tiny models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+import os
+import pathlib
+import subprocess
+import sys
+
+REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+# configs/motion.py with little to compute. The first stage has both kinds of
+# attention, and a coarse level with its BatchNorm.
+TINY = (
+  '--config.model.depths=(2, 1)',
+  '--config.model.embed_dims=(8, 16)',
+  '--config.model.num_heads=(1, 2)',
+  '--config.model.fine_sizes=((8, 4, 4), (8, 4, 4))',
+  '--config.model.coarse_sizes=((4, 2, 2), None)',
+  '--config.batch_size=8',
+)
+
+
+def command(
+  *flags: str, config: str = 'motion', workdir: str | os.PathLike[str]
+) -> list[str]:
+  """Trains configs/CONFIG.py, changed by the flags."""
+  return [
+    sys.executable,
+    '-m',
+    'dualformer_jax.main',
+    f'--config={REPOSITORY}/configs/{config}.py',
+    f'--workdir={workdir}',
+    *flags,
+  ]
+
+
+def environment(
+  cache: pathlib.Path, *, with_tensorflow: bool = False
+) -> Mapping[str, str]:
+  """Of a training process.
+
+  Args:
+    cache: where what is compiled is kept.
+    with_tensorflow: whether TensorFlow can be imported. It is only needed for
+      TensorBoard's files, and takes seconds.
+  """
+  path = str(REPOSITORY)
+  if not with_tensorflow:
+    hidden = cache / 'without_tensorflow'
+    hidden.mkdir(exist_ok=True)
+    (hidden / 'tensorflow.py').write_text(
+      "raise ModuleNotFoundError('TensorFlow is hidden')\n"
+    )
+    path = f'{hidden}{os.pathsep}{path}'
+  return os.environ | {
+    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PLATFORMS': 'cpu',
+    'PYTHONPATH': path,
+  }
+
+
+def run(
+  *flags: str,
+  workdir: str | os.PathLike[str],
+  cache: pathlib.Path,
+  config: str = 'motion',
+  with_tensorflow: bool = False,
+) -> subprocess.CompletedProcess[str]:
+  """Runs the command to its end; its output as text."""
+  return subprocess.run(
+    command(*flags, config=config, workdir=workdir),
+    env=environment(cache, with_tensorflow=with_tensorflow),
+    stdin=subprocess.DEVNULL,
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
