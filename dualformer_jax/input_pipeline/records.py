@@ -209,7 +209,10 @@ def _only(values: Any, name: str) -> Any:
 def _find_folder(
   name_or_folder: str, data_dir: str
 ) -> tuple[pathlib.Path, str]:
-  """The folder of a dataset's newest version, and how to make it anew."""
+  """The folder of a dataset's newest version, and how to make it anew.
+
+  A name without a configuration means the only one that was prepared.
+  """
   folder = pathlib.Path(name_or_folder).expanduser()
   if (folder / 'dataset_info.json').is_file():
     return folder, 'prepare it anew with tfds build'
@@ -235,14 +238,16 @@ def _find_folder(
         f' folder and {how_to_make}'
       )
     return newest, how_to_make
-  configs = [
+  configs = {
     f'{name_or_folder}/{info.parent.parent.name}'
-    for info in sorted(folder.glob('*/*.*.*/dataset_info.json'))
-  ]
+    for info in folder.glob('*/*.*.*/dataset_info.json')
+  }
+  if len(configs) == 1:
+    return _find_folder(*configs, data_dir)
   if configs:
     raise errors.UserError(
       f'{folder}: has several configurations, name one of them:'
-      f' {", ".join(dict.fromkeys(configs))}'
+      f' {", ".join(sorted(configs))}'
     )
   raise errors.UserError(f'{folder}: was begun but not finished; {how_to_make}')
 
