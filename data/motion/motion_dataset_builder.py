@@ -42,13 +42,15 @@ CRF = 18
 NUM_CLIPS = {'train': 4096, 'validation': 512}
 SEED = 0
 
-_NOISE = 5.0  # Standard deviation of the noise of each pixel and frame.
+_NOISE = 4.0  # Standard deviation of the noise of each pixel and frame.
 _RADIUS = (5.5, 12.5)  # Pixels, the smallest and the largest.
 # How much changes from one frame to the next.
-_SHIFT = (1.0, 2.5)  # Pixels.
-_TURN = (8.0, 16.0)  # Degrees.
-_GROWTH = (0.05, 0.09)  # Share of the way from the smallest to the largest.
-_CONTRAST = 70.0  # Least difference in brightness of shape and background.
+_SHIFT = (1.5, 2.5)  # Pixels.
+_TURN = (10.0, 18.0)  # Degrees.
+_GROWTH = (0.06, 0.10)  # Share of the way from the smallest to the largest.
+# Bright shapes of any colour on dark backgrounds of any colour, 0 to 255.
+_BRIGHT = (140.0, 245.0)
+_DARK = (10.0, 80.0)
 _FINE = 4  # Shapes are drawn this much larger, then averaged.
 
 # Outlines, turned by hand so that none looks the same after a turn that a clip
@@ -105,12 +107,9 @@ def draw_scene(rng: np.random.Generator) -> Scene:
   outline = np.array(list(_OUTLINES.values())[rng.integers(len(_OUTLINES))])
   outline -= outline.mean(axis=0)
   outline /= np.linalg.norm(outline, axis=1).max()
-  to_brightness = np.array([0.299, 0.587, 0.114])
-  while True:
-    colour, behind = rng.uniform(20.0, 235.0, size=(2, 3))
-    if abs((colour - behind) @ to_brightness) >= _CONTRAST:
-      break
-  clouds = rng.normal(0.0, 12.0, size=(4, 4, 3))
+  colour = rng.uniform(*_BRIGHT, size=3)
+  behind = rng.uniform(*_DARK, size=3)
+  clouds = rng.normal(0.0, 8.0, size=(4, 4, 3))
   return Scene(
     outline=outline,
     centre=rng.uniform(0.0, SIZE, size=2),
