@@ -18,15 +18,15 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name('common.py')))
 def get_config() -> config_dict.ConfigDict:
   """Returns the recipe."""
   config = common['get_config']()
-  config.model.depths = (2, 2, 2, 2)
-  config.model.embed_dims = (16, 32, 64, 128)
-  config.model.num_heads = (1, 2, 4, 8)
+  config.model.depths = (2, 2)
+  config.model.embed_dims = (32, 64)
+  config.model.num_heads = (1, 2)
   config.model.num_classes = 8
   config.model.num_frames = 16
   config.model.image_size = 32
   config.model.window = (8, 4, 4)
-  config.model.fine_sizes = ((8, 4, 4),) * 4
-  config.model.coarse_sizes = ((4, 2, 2), None, None, None)
+  config.model.fine_sizes = ((8, 4, 4), (8, 4, 4))
+  config.model.coarse_sizes = ((4, 2, 2), None)
   config.model.drop_path_rate = 0.0
   config.model.head_dropout = 0.0
   config.model.dtype = 'float32'
@@ -37,9 +37,10 @@ def get_config() -> config_dict.ConfigDict:
   config.dataset.random_crop = False
   config.dataset.flip = False
   config.dataset.num_threads = 2
-  config.batch_size = 64
-  config.num_epochs = 10
-  config.optimizer.warmup_epochs = 1.0
+  config.batch_size = 32
+  config.num_epochs = 4
+  config.optimizer.learning_rate = 2e-3
+  config.optimizer.warmup_epochs = 0.5
   # From scratch, all layers learn at the same rate.
   config.optimizer.multipliers = (
     ('backbone/pos_block.*', 1.0, 0.0),
