@@ -44,6 +44,7 @@ def main() -> None:
   frozen, opposite = [], []
   for index in range(len(dataset)):
     example = dataset[index]
+    assert isinstance(example.label, int)  # a video of this dataset has one
     name = dataset.class_names[example.label]
     frames = decoding.decode_all(example.video)
     still = np.repeat(frames[len(frames) // 2][None], len(frames), axis=0)
