@@ -7,6 +7,7 @@ prepared, and its classes. A training run keeps a series of them.
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -26,6 +27,8 @@ _FORMAT = 1
 # Folders in the workdir of a training run.
 NEWEST = 'checkpoints'
 BEST = 'best'
+
+_CHECKSUMS = 'SHA256SUMS'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +98,7 @@ class Checkpoints:
       state: what to save; it may be donated as soon as this returns.
       description: with the state's step and the position of the input.
     """
+    self._finish_newest()
     latest = self._checkpointer.latest
     if latest is None or latest.step < description.step:
       self._checkpointer.save_checkpointables_async(
@@ -138,10 +142,17 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until what was saved is on disk."""
     self._checkpointer.wait()
+    self._finish_newest()
 
   def close(self) -> None:
     """Waits until all is on disk, and ends the series."""
+    self.wait()
     self._checkpointer.close()
+
+  def _finish_newest(self) -> None:
+    folder = self.newest()
+    if folder and jax.process_index() == 0:
+      _write_checksums(folder)
 
 
 def save_model(
@@ -175,6 +186,7 @@ def save_model(
       _with_arrays(jax.tree.map(jnp.asarray, dict(variables))),
       custom_metadata=_to_json(description),
     )
+    _write_checksums(path)
   except OSError as error:
     raise UserError(f'{folder} cannot be written: {error}') from error
 
@@ -299,15 +311,79 @@ def _tuples(value: Any) -> Any:
 
 
 def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
+  wanted = _with_arrays(abstract)
   try:
-    loaded = ocp.load_checkpointables(str(folder), _with_arrays(abstract))
+    _verify(folder, wanted)
+    _compare(ocp.checkpointables_metadata(str(folder)).metadata, wanted)
+    loaded = ocp.load_checkpointables(str(folder), wanted)
   except Exception as error:  # of many kinds, one for each way to be broken
-    reason = str(error).strip().partition('\n')[0][:300]
+    cause: BaseException = error  # Orbax's own is of little help; its first is
+    while before := cause.__cause__ or cause.__context__:
+      cause = before
+    reason = str(cause).strip().partition('\n')[0][:300]
     raise UserError(
       f'{folder} cannot be read: {reason}; it is damaged, or of a model other '
       'than it says: copy or convert it again'
     ) from error
   return {**abstract, **loaded}
+
+
+def _compare(found: Any, wanted: dict[str, Any]) -> None:
+  """Raises ValueError where arrays have other names or shapes than wanted."""
+  shapes = [
+    {
+      jax.tree_util.keystr(path, simple=True, separator='/'): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for tree in ({name: found.get(name, {}) for name in wanted}, wanted)
+  ]
+  differences = [
+    f'{name} is {shapes[0].get(name, "absent")}, expected '
+    f'{shapes[1].get(name, "none")}'
+    for name in sorted({**shapes[0], **shapes[1]})
+    if shapes[0].get(name) != shapes[1].get(name)
+  ]
+  if differences:
+    more = len(differences) - 3
+    raise ValueError(
+      '; '.join(differences[:3]) + (f'; and {more} more' if more > 0 else '')
+    )
+
+
+def _write_checksums(folder: pathlib.Path) -> None:
+  """Writes the file that _verify reads, unless it is there, of a whole folder.
+
+  Orbax would not notice a change among the numbers of an array. The format is
+  that of the program sha256sum.
+  """
+  if (folder / _CHECKSUMS).exists():
+    return
+  files = sorted(path for path in folder.rglob('*') if path.is_file())
+  lines = [f'{_digest(path)}  {path.relative_to(folder)}\n' for path in files]
+  partial = folder / f'.{_CHECKSUMS}.partial'
+  partial.write_text(''.join(lines))
+  partial.replace(folder / _CHECKSUMS)
+
+
+def _verify(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
+  """Raises ValueError where a file that is needed is not as it was written.
+
+  A folder without checksums passes: a training run that was killed had saved
+  it, but not come to write them.
+  """
+  checksums = folder / _CHECKSUMS
+  for line in checksums.read_text().splitlines() if checksums.exists() else ():
+    digest, _, name = line.partition('  ')
+    path = folder / name
+    if name.partition('/')[0] in wanted and (
+      not path.is_file() or _digest(path) != digest
+    ):
+      raise ValueError(f'{name} is not as it was written')
+
+
+def _digest(path: pathlib.Path) -> str:
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _with_arrays(trees: dict[str, Any]) -> dict[str, Any]:
