@@ -250,6 +250,8 @@ def encode_mp4(
       frame = np.pad(frame, missing, mode='edge') if 1 in frame.shape else frame
       frame = np.ascontiguousarray(frame[: stream.height, : stream.width])
       picture = av.VideoFrame.from_ndarray(frame, format='rgb24')
+      # Left to itself the conversion starts threads of its own, every time.
+      picture = picture.reformat(format='yuv420p', threads=1)
       picture.pts = index
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
