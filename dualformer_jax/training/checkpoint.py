@@ -98,7 +98,7 @@ class Checkpoints:
       state: what to save; it may be donated as soon as this returns.
       description: with the state's step and the position of the input.
     """
-    self._finish_newest()
+    self.wait()  # Orbax already counts what it still writes
     latest = self._checkpointer.latest
     if latest is None or latest.step < description.step:
       self._checkpointer.save_checkpointables_async(
