@@ -10,14 +10,15 @@ import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
-# configs/motion.py with little to compute. The first stage has both kinds of
+# configs/motion.py with little to compute: one stage with both kinds of
 # attention, and a coarse level with its BatchNorm.
 TINY = (
-  '--config.model.depths=(2, 1)',
-  '--config.model.embed_dims=(8, 16)',
-  '--config.model.num_heads=(1, 2)',
-  '--config.model.fine_sizes=((8, 4, 4), (8, 4, 4))',
-  '--config.model.coarse_sizes=((4, 2, 2), None)',
+  '--config.model.depths=(2,)',
+  '--config.model.embed_dims=(16,)',
+  '--config.model.num_heads=(2,)',
+  '--config.model.window=(8, 4, 4)',
+  '--config.model.fine_sizes=((8, 4, 4),)',
+  '--config.model.coarse_sizes=((4, 2, 2),)',
   '--config.batch_size=8',
 )
 
