@@ -11,7 +11,8 @@ workdir=.quickstart/motion
 # Only a dataset that is complete has this file.
 if ! compgen -G "$data/motion/*/dataset_info.json" >/dev/null; then
   echo "== Rendering videos into $data"
-  .venv/bin/tfds build data/motion --data_dir="$data"
+  # Level 3: without what TensorFlow says of processors and GPUs.
+  TF_CPP_MIN_LOG_LEVEL=3 .venv/bin/tfds build data/motion --data_dir="$data"
 fi
 
 if [[ ! -e $workdir/report.json ]]; then
