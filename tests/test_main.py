@@ -167,7 +167,9 @@ def test_the_report_is_of_what_the_checkpoint_predicts(trained, motion_dataset):
   assert report['top1'] == pytest.approx(np.mean(np.array(ranks) < 1))
   assert report['top5'] == pytest.approx(np.mean(np.array(ranks) < 5))
   recalls = [
-    np.mean([rank == 0 for rank, of in zip(ranks, labels, strict=True) if of == k])
+    np.mean(
+      [rank == 0 for rank, of in zip(ranks, labels, strict=True) if of == k]
+    )
     for k in set(labels)
   ]
   assert len(recalls) == 8
@@ -345,7 +347,9 @@ def test_videos_with_several_labels_have_other_figures(
   assert np.ptp(probabilities.sum(axis=1)) > 1e-6  # They do not add to 1.
   hot = np.array([[k in these for k in range(3)] for these in labels])
   assert report['mAP'] == pytest.approx(
-    np.mean([average_precision(probabilities[:, k], hot[:, k]) for k in range(3)])
+    np.mean(
+      [average_precision(probabilities[:, k], hot[:, k]) for k in range(3)]
+    )
   )
   assert report['mmit_mAP'] == pytest.approx(
     np.mean(

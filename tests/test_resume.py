@@ -65,7 +65,9 @@ def random_moments(seed: int) -> list[Moment]:
 
 
 def newest_step(workdir: pathlib.Path) -> int:
-  steps = [int(p.name) for p in workdir.glob('checkpoints/*') if p.name.isdigit()]
+  steps = [
+    int(p.name) for p in workdir.glob('checkpoints/*') if p.name.isdigit()
+  ]
   return max(steps, default=0)
 
 

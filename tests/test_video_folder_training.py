@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import dualformer_jax
-from dualformer_jax import errors, recognizer as recognizers
+from dualformer_jax import errors
+from dualformer_jax import recognizer as recognizers
 from dualformer_jax.input_pipeline import decoding, records
 from tests import tfds_command, training_command
 
