@@ -13,6 +13,7 @@ import subprocess
 import threading
 import time
 from typing import Any
+import warnings
 
 import jax
 import numpy as np
@@ -136,9 +137,11 @@ def _runs(
 
 def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
   """All arrays of a checkpoint, by path, and what it says of itself."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(
-    ocp.load_checkpointables(str(folder))
-  )
+  with warnings.catch_warnings():
+    # Orbax warns, as it is not told what to expect.
+    warnings.simplefilter('ignore')
+    tree = ocp.load_checkpointables(str(folder))
+  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   arrays = {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in leaves}
   text = (folder / '_CHECKPOINT_METADATA').read_text()
   return arrays, json.loads(text)['custom_metadata']['dualformer']
