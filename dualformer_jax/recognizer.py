@@ -79,7 +79,9 @@ class Recognizer:
     device = jax.local_devices()[0]
     return cls(jax.device_put(variables, device), description, folder, dtype)
 
-  def views(self, video: Video) -> UInt8[np.ndarray, 'v t h w 3']:
+  def views(
+    self, video: Video
+  ) -> UInt8[np.ndarray, 'views frames size size 3']:
     """Returns the test views of a video: crop by crop, clips in time order.
 
     Raises:

@@ -20,7 +20,6 @@ from tests import training_command
 
 NUM_STEPS = 18  # 3 epochs of 48 videos, 8 at a time.
 FLAGS = (
-  *training_command.TINY,
   '--config.num_epochs=3',
   '--config.validation.every_epochs=1',
   '--config.checkpoint.every_steps=4',
@@ -58,6 +57,7 @@ def _trained(motion_dataset, compilation_cache, tmp_path_factory):
   """A workdir, and the log of its making."""
   workdir = tmp_path_factory.mktemp('trained') / 'workdir'
   done = training_command.run(
+    *training_command.TINY,
     *FLAGS,
     f'--config.dataset.data_dir={motion_dataset}',
     workdir=workdir,

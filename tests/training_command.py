@@ -77,6 +77,6 @@ def run(
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,
-    timeout=300,
+    timeout=600,
     check=False,
   )
