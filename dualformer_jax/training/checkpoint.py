@@ -94,6 +94,8 @@ class Checkpoints:
   def save(self, state: TrainState, description: Description) -> None:
     """Starts to save the state, unless its step is saved already.
 
+    If the last one is not on disk yet, waits for that first.
+
     Args:
       state: what to save; it may be donated as soon as this returns.
       description: with the state's step and the position of the input.
@@ -142,17 +144,14 @@ class Checkpoints:
   def wait(self) -> None:
     """Waits until what was saved is on disk."""
     self._checkpointer.wait()
-    self._finish_newest()
+    newest = self.newest()
+    if newest and jax.process_index() == 0:
+      _write_checksums(newest)
 
   def close(self) -> None:
     """Waits until all is on disk, and ends the series."""
     self.wait()
     self._checkpointer.close()
-
-  def _finish_newest(self) -> None:
-    folder = self.newest()
-    if folder and jax.process_index() == 0:
-      _write_checksums(folder)
 
 
 def save_model(
@@ -280,13 +279,21 @@ def read_description(folder: pathlib.Path) -> Description:
         f'{folder} was written by another version of dualformer_jax; expected '
         f'format {_FORMAT}: update dualformer_jax'
       )
+    for name, kind in (
+      ('class_names', list),
+      ('step', int),
+      ('multi_label', bool),
+    ):
+      if type(fields[name]) is not kind:
+        raise ValueError(f'{name} is {fields[name]!r}, not a {kind.__name__}')
+    if not all(isinstance(name, str) for name in fields['class_names']):
+      raise ValueError('class_names holds what is no name')
     fields['model'] = _tuples(fields['model'])
     fields['preprocessing'] = Preprocessing(**_tuples(fields['preprocessing']))
     fields['class_names'] = tuple(fields['class_names'])
     description = Description(**fields)
-    model = description.build_model()
-    if len(description.class_names) != model.num_classes:
-      raise ValueError('one name for each class')
+    if len(description.class_names) != description.build_model().num_classes:
+      raise ValueError('class_names does not have one name for each class')
     return description
   except UserError:
     raise

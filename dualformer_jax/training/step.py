@@ -29,7 +29,7 @@ class TrainState:
     opt_state: of the optimiser.
   """
 
-  step: Array
+  step: Any  # an array, or what stands for one: its shape, its sharding
   params: Any
   batch_stats: Any
   opt_state: Any
