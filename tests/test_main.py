@@ -38,7 +38,7 @@ def files(folder: pathlib.Path) -> dict[pathlib.Path, bytes]:
 
 def score(
   workdir: pathlib.Path, dataset: records.PreparedDataset, indices: list[int]
-) -> tuple[np.ndarray, list[int | tuple[int, ...]]]:
+) -> tuple[np.ndarray, list[Any]]:
   """Probabilities of some videos of a dataset, from files, and their labels."""
   recognizer = dualformer_jax.load(workdir)
   probabilities, labels = [], []
@@ -73,13 +73,12 @@ def _trained(motion_dataset, compilation_cache, tmp_path_factory):
 def _train(compilation_cache, tmp_path):
   """Trains without TensorFlow, in a new workdir unless one is given."""
 
-  def train(*flags: str, workdir: pathlib.Path | None = None, **options: str):
+  def train(*flags: str, workdir: pathlib.Path | None = None):
     return training_command.run(
       *training_command.TINY,
       *flags,
       workdir=workdir or tmp_path / 'workdir',
       cache=compilation_cache,
-      **options,
     )
 
   return train

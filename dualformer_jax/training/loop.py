@@ -563,7 +563,8 @@ def start_from(
   def put(new, old):
     return jax.device_put(new, old.sharding)
 
-  return state.replace(
+  return dataclasses.replace(
+    state,
     params=jax.tree.map(put, params, state.params),
     batch_stats=jax.tree.map(put, variables['batch_stats'], state.batch_stats),
   )
