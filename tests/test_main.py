@@ -25,6 +25,7 @@ FLAGS = (
   '--config.checkpoint.every_steps=4',
   '--config.log_every_steps=2',
 )
+EVENT: Any = vars(event_pb2)['Event']  # Unknown to type checkers.
 METRICS = ('top1', 'top5', 'mean_class_accuracy')
 
 
@@ -129,7 +130,7 @@ def read_events(path: pathlib.Path) -> dict[tuple[str, int], float]:
   content, place, scalars = path.read_bytes(), 0, {}
   while place < len(content):
     (length,) = struct.unpack_from('<Q', content, place)
-    event = event_pb2.Event.FromString(content[place + 12 :][:length])
+    event = EVENT.FromString(content[place + 12 :][:length])
     place += 12 + length + 4
     for value in event.summary.value:
       (number,) = struct.unpack('<f', value.tensor.tensor_content)

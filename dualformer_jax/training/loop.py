@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-import ml_collections
 import numpy as np
 
 from dualformer_jax.errors import UserError
@@ -35,13 +34,15 @@ from dualformer_jax.training import (
   step as steps,
 )
 
+# An ml_collections.ConfigDict; type checkers cannot know its fields.
+Config = Any
 # What a shell reports of a process that SIGTERM ended.
 _EXIT_STOPPED = 128 + signal.SIGTERM
 _LOG = logging.getLogger(__name__)
 
 
 def train_and_test(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+  config: Config, workdir: str | os.PathLike[str]
 ) -> dict[str, Any]:
   """Trains, or goes on training, and tests; returns the report.
 
@@ -279,9 +280,7 @@ def train_and_test(
   )
 
 
-def test(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
-) -> dict[str, Any]:
+def test(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   """Tests config.init_from, or the workdir's newest checkpoint, on all views.
 
   The checkpoint says what the model is; the config, which videos and views.
@@ -325,7 +324,7 @@ def test(
 
 
 def _test(
-  config: ml_collections.ConfigDict,
+  config: Config,
   workdir: pathlib.Path,
   folder: str,
   eval_step: Callable[..., jax.Array],
@@ -433,9 +432,7 @@ def evaluate_split(
   return scores
 
 
-def open_split(
-  config: ml_collections.ConfigDict, split: str
-) -> records.PreparedDataset:
+def open_split(config: Config, split: str) -> records.PreparedDataset:
   """Opens a split and checks it against the config.
 
   Raises:
@@ -458,9 +455,7 @@ def open_split(
   return data
 
 
-def make_model(
-  config: ml_collections.ConfigDict, data: records.PreparedDataset
-) -> DualFormer:
+def make_model(config: Config, data: records.PreparedDataset) -> DualFormer:
   """Returns the model, with as many classes as the dataset if it says 0."""
   fields = config.model.to_dict()
   fields['num_classes'] = fields['num_classes'] or len(data.class_names)
@@ -468,8 +463,8 @@ def make_model(
 
 
 def make_preprocessing(
-  config: ml_collections.ConfigDict,
-  views: ml_collections.ConfigDict | None = None,
+  config: Config,
+  views: Config | None = None,
 ) -> Preprocessing:
   """Returns the preprocessing of training, or of some test `views`."""
   return Preprocessing(
@@ -477,8 +472,8 @@ def make_preprocessing(
     frame_interval=config.dataset.frame_interval,
     image_size=config.model.image_size,
     sampling=config.dataset.sampling,
-    pixel_mean=tuple(map(float, config.dataset.pixel_mean)),
-    pixel_std=tuple(map(float, config.dataset.pixel_std)),
+    pixel_mean=_as_rgb(config.dataset.pixel_mean),
+    pixel_std=_as_rgb(config.dataset.pixel_std),
     num_clips=views.num_clips if views else 1,
     num_crops=views.num_crops if views else 1,
   )
@@ -487,7 +482,7 @@ def make_preprocessing(
 def make_eval_step(
   model: DualFormer,
   preprocessing: Preprocessing,
-  config: ml_collections.ConfigDict,
+  config: Config,
   mesh: jax.sharding.Mesh,
 ) -> Callable[..., jax.Array]:
   """Returns (variables, views) -> probabilities, copied to all devices."""
@@ -617,6 +612,17 @@ def _variables(state: steps.TrainState) -> dict[str, Any]:
 
 def _blank(model: DualFormer) -> jax.ShapeDtypeStruct:
   return jax.ShapeDtypeStruct(model.input_shape(), np.float32)
+
+
+def _as_rgb(values: Any) -> tuple[float, float, float]:
+  try:
+    red, green, blue = map(float, values)
+  except (TypeError, ValueError) as error:
+    raise UserError(
+      'config.dataset.pixel_mean and pixel_std are 3 numbers each, got '
+      f'{values}'
+    ) from error
+  return red, green, blue
 
 
 def _as_text(values: dict[str, float]) -> str:
