@@ -57,7 +57,7 @@ def random_moments(seed: int) -> list[Moment]:
   rng = random.Random(seed)
   early = [Moment(0, rng.uniform(0.0, 6.0)) for _ in range(3)]
   late = [
-    Moment(rng.randint(1, 10), rng.uniform(0.0, 0.3))
+    Moment(rng.randint(1, 10), rng.uniform(0.0, 0.2))
     for _ in range(NUM_KILLS - len(early))
   ]
   moments = early + late
