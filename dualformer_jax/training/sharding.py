@@ -16,7 +16,7 @@ import numpy as np
 
 from dualformer_jax.errors import UserError
 
-AXES = ('data', 'fsdp', 'tensor')
+AXES: tuple[str, ...] = ('data', 'fsdp', 'tensor')
 BATCH = PartitionSpec(('data', 'fsdp'))
 
 # (end of the name, dimension that `tensor` splits); the first match counts.
