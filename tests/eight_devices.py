@@ -3,6 +3,8 @@
 In a process of its own, as the number of devices is settled when JAX starts.
 """
 
+import functools
+import json
 import os
 import pathlib
 import subprocess
@@ -18,7 +20,15 @@ import numpy as np
 import optax
 
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import checkpoint, sharding, step
+from dualformer_jax.training import (
+  augment,
+  checkpoint,
+  sharding,
+  step,
+)
+from dualformer_jax.training import (
+  optimizer as optimizers,
+)
 from tests import test_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -87,6 +97,144 @@ def save_and_restore_elsewhere(folder: str) -> None:
     kernel = restored.params['backbone']['blocks_3_0']['mlp']['fc1']['kernel']
     print(kernel.addressable_shards[0].data.shape)
   series.close()
+
+
+def five_steps() -> None:
+  """Prints what five steps give on one device and on meshes of eight."""
+  model = DualFormer(
+    depths=(2, 1),
+    embed_dims=(32, 64),
+    num_heads=(2, 4),
+    num_classes=10,
+    num_frames=16,
+    image_size=64,
+    fine_sizes=((4, 4, 4), (4, 4, 4)),
+    coarse_sizes=((2, 2, 2), None),
+    drop_path_rate=0.3,
+    head_dropout=0.5,
+    dtype='float32',
+  )
+  rng = np.random.default_rng(1)
+  params = jax.tree_util.tree_map_with_path(
+    lambda path, leaf: (
+      (path[-1].key == 'scale') + 0.1 * rng.standard_normal(leaf.shape)
+    ).astype(leaf.dtype),
+    checkpoint.variable_shapes(model, 'it'),
+  )
+  optimizer = optimizers.make_optimizer(
+    params['params'],
+    3e-3,
+    0.05,
+    (('.*pos_block.*', 1.0, 0.0), ('.*', 0.5, 1.0)),
+  )
+  # NumPy arrays: steps are given a state that they may use up.
+  state = jax.tree.map(
+    np.asarray,
+    step.TrainState(
+      step=np.zeros((), np.int32),
+      params=params['params'],
+      batch_stats=jax.tree.map(np.abs, params['batch_stats']),
+      opt_state=optimizer.init(params['params']),
+    ),
+  )
+  batches = [
+    {
+      'clips': rng.integers(0, 256, (8, 16, 64, 64, 3), np.uint8),
+      'labels': rng.integers(0, 10, 8).astype(np.int32),
+    }
+    for _ in range(5)
+  ]
+  train_step = functools.partial(
+    step.train_step,
+    model=model,
+    optimizer=optimizer,
+    augment=functools.partial(
+      augment.augment, pixel_mean=(120.0,) * 3, pixel_std=(60.0,) * 3, flip=True
+    ),
+    seed=7,
+  )
+
+  losses = []
+  on_one, one_step = (
+    jax.device_put(state, jax.devices()[0]),
+    jax.jit(train_step),
+  )
+  for batch in batches:
+    on_one, metrics = one_step(on_one, batch)
+    losses.append(float(metrics['loss']))
+  print(json.dumps({'axes': None, 'losses': losses}))
+
+  for sizes in ((8, 1, 1), (4, 2, 1), (2, 2, 2)):
+    axes = dict(zip(sharding.AXES, sizes, strict=True))
+    mesh = sharding.make_mesh(axes, batch_size=8)
+    shardings = sharding.tree_shardings(state, mesh)
+    replicated = jax.NamedSharding(mesh, jax.P())
+    on_mesh = jax.device_put(state, shardings)
+    mesh_step = jax.jit(
+      train_step, donate_argnums=0, out_shardings=(shardings, replicated)
+    )
+    losses = []
+    with jax.set_mesh(mesh):
+      for batch in batches:
+        on_mesh, metrics = mesh_step(on_mesh, sharding.put_batch(batch, mesh))
+        losses.append(float(metrics['loss']))
+    held = [
+      [
+        sum(
+          shard.data.nbytes
+          for array in jax.tree.leaves(part)
+          for shard in array.addressable_shards
+          if shard.device == device
+        )
+        for device in jax.devices()
+      ]
+      for part in (on_mesh.params, on_mesh.opt_state)
+    ]
+    total = [
+      sum(array.nbytes for array in jax.tree.leaves(part))
+      for part in (on_mesh.params, on_mesh.opt_state)
+    ]
+    largest_copied = max(
+      array.size
+      for array in jax.tree.leaves(on_mesh)
+      if array.addressable_shards[0].data.size == array.size
+    )
+    print(
+      json.dumps(
+        {
+          'axes': axes,
+          'losses': losses,
+          'held': held,
+          'total': total,
+          'largest_copied': largest_copied,
+        }
+      )
+    )
+
+
+def initial_state() -> None:
+  """Prints whether the first state is the same on one and on eight devices."""
+  model = DualFormer(
+    depths=(1,),
+    embed_dims=(32,),
+    num_heads=(2,),
+    num_classes=10,
+    num_frames=2,
+    image_size=16,
+    dtype='float32',
+  )
+
+  def init():
+    return step.init_state(model, optax.adam(1e-3), seed=3)
+
+  mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, batch_size=8)
+  where = sharding.tree_shardings(jax.eval_shape(init), mesh)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.jit(init)(),
+    jax.jit(init, out_shardings=where)(),
+  )
+  print('the same')
 
 
 if __name__ == '__main__':

@@ -1,0 +1,172 @@
+"""Where arrays lie changes what devices hold, never what a step computes."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from dualformer_jax.errors import UserError
+from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import checkpoint, sharding
+from tests import eight_devices, reference_arrays
+
+P = jax.P
+
+
+def _mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> jax.sharding.Mesh:
+  """Returns a mesh of as many devices as wanted, to make specs for."""
+  device = jax.devices('cpu')[0]
+  devices = np.full((data, fsdp, tensor), device)
+  return jax.sharding.Mesh(devices, sharding.AXES)
+
+
+# --- On 8 virtual devices
+
+
+@pytest.fixture(scope='module', name='runs')
+def _runs() -> list[dict]:
+  lines = eight_devices.run('five_steps').splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def test_five_steps_give_the_same_losses_on_any_mesh(runs):
+  alone, *others = runs
+  assert [list(run['axes'].values()) for run in others] == [
+    [8, 1, 1],
+    [4, 2, 1],
+    [2, 2, 2],
+  ]
+  assert len(set(alone['losses'])) == 5
+  for run in others:
+    np.testing.assert_allclose(
+      run['losses'], alone['losses'], rtol=1e-5, err_msg=str(run['axes'])
+    )
+
+
+def test_with_fsdp_each_device_holds_its_share(runs):
+  for run in runs[1:]:
+    shares = run['axes']['fsdp'] * run['axes']['tensor']
+    # Params, optimiser state: bytes that each of the 8 devices holds.
+    for held, total in zip(run['held'], run['total'], strict=True):
+      assert min(held) >= total / shares
+      # Not exactly its share: arrays of less than 1,024 numbers are copied, and
+      # along `tensor` attention and MLP alone are spread.
+      assert max(held) <= 1.35 * total / shares
+    if shares > 1:
+      assert run['largest_copied'] < 1024
+
+
+def test_the_initial_state_is_the_same_on_any_mesh():
+  assert eight_devices.run('initial_state') == 'the same\n'
+
+
+# --- Rules
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'axes', 'expected'),
+  [
+    # Heads and hidden channels along `tensor`.
+    ('attn/qkv/kernel', (64, 3, 4, 16), (1, 1, 2), P(None, None, 'tensor')),
+    ('attn/qkv/bias', (3, 4, 16), (1, 1, 2), P(None, 'tensor')),
+    ('attn/q/kernel', (64, 4, 16), (1, 1, 4), P(None, 'tensor')),
+    ('attn/kv/kernel', (64, 2, 4, 16), (1, 1, 2), P(None, None, 'tensor')),
+    ('attn/proj/kernel', (4, 16, 64), (1, 1, 2), P('tensor')),
+    ('attn/proj/bias', (64,), (1, 1, 2), P()),
+    ('mlp/fc1/kernel', (64, 256), (1, 1, 2), P(None, 'tensor')),
+    ('mlp/fc1/bias', (256,), (1, 1, 2), P('tensor')),
+    ('mlp/fc2/kernel', (256, 64), (1, 1, 2), P('tensor')),
+    ('mlp/fc2/bias', (64,), (1, 1, 2), P()),
+    ('cls_head/fc_cls/kernel', (64, 256), (1, 1, 2), P()),
+    # As many heads as cannot be split: not at all.
+    ('attn/qkv/kernel', (64, 3, 3, 32), (1, 1, 2), P()),
+    # The largest dimension that is free and divisible along `fsdp`.
+    ('mlp/fc1/kernel', (64, 256), (1, 4, 1), P(None, 'fsdp')),
+    ('mlp/fc1/kernel', (64, 256), (1, 4, 2), P('fsdp', 'tensor')),
+    ('mlp/fc2/kernel', (256, 64), (1, 4, 2), P('tensor', 'fsdp')),
+    ('attn/qkv/kernel', (64, 3, 4, 16), (1, 2, 2), P('fsdp', None, 'tensor')),
+    (
+      'pos_block_0/proj_0/kernel',
+      (3, 3, 3, 64),
+      (1, 4, 1),
+      P(*3 * [None], 'fsdp'),
+    ),
+    ('attn/sr/kernel', (5, 35, 7, 9), (1, 5, 1), P(None, 'fsdp')),
+    ('attn/sr/kernel', (5, 35, 7, 9), (1, 2, 1), P()),
+    # Not worth spreading.
+    ('norm/scale', (1023,), (1, 3, 1), P()),
+    ('norm/scale', (1024,), (1, 2, 1), P('fsdp')),
+    ('count', (), (2, 2, 2), P()),
+  ],
+)
+def test_arrays_are_spread_by_rules(name, shape, axes, expected):
+  for path in (name, f'backbone/blocks_0_0/{name}', f'0/mu/backbone/{name}'):
+    mesh = _mesh(*axes)
+    spec = sharding.partition_spec(path, shape, mesh)
+    # An axis of one device says nothing.
+    spec = [axis if axis and mesh.shape[axis] > 1 else None for axis in spec]
+    padded = [*expected, *[None] * (len(shape) - len(expected))]
+    assert spec == padded, path
+
+
+def test_all_large_arrays_of_the_published_models_are_spread():
+  """Of tiny, on 8 devices along fsdp, each holds about an eighth."""
+  model = DualFormer(**reference_arrays.MODELS['tiny'])
+  shapes = checkpoint.variable_shapes(model, 'tiny')
+  held = total = 0
+  for leaf, where in zip(
+    jax.tree.leaves(shapes),
+    jax.tree.leaves(sharding.tree_shardings(shapes, _mesh(fsdp=8))),
+    strict=True,
+  ):
+    held += np.prod(where.shard_shape(leaf.shape), dtype=int)
+    total += leaf.size
+  assert held / total < 1.05 / 8
+
+
+def test_a_batch_is_spread_over_data_and_fsdp():
+  batch = sharding.put_batch(
+    {'clips': np.arange(12).reshape(4, 3), 'labels': np.arange(4)}, _mesh()
+  )
+  np.testing.assert_array_equal(batch['clips'], np.arange(12).reshape(4, 3))
+  for array in batch.values():
+    assert array.sharding.spec == P(('data', 'fsdp'))
+
+
+# --- Meshes
+
+
+def test_a_mesh_takes_all_devices_and_minus_one_means_what_is_left():
+  devices = jax.device_count()
+  for name in sharding.AXES:
+    axes = {'data': 1, 'fsdp': 1, 'tensor': 1, name: -1}
+    mesh = sharding.make_mesh(axes, batch_size=4 * devices)
+    assert mesh.axis_names == ('data', 'fsdp', 'tensor')
+    assert mesh.shape[name] == devices == mesh.size
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'expected'),
+  [
+    ((0, 1, 1), 'mesh.data=0 x mesh.fsdp=1 x mesh.tensor=1: expected sizes'),
+    ((-2, 1, 1), 'at least 1'),
+    ((-1, -1, 1), 'at most one -1'),
+    ((1, 1, 4096), 'does not make the'),
+    ((-1, 1, 4096), 'does not make the'),
+  ],
+)
+def test_a_mesh_that_does_not_fit_the_devices_is_told(sizes, expected):
+  axes = dict(zip(sharding.AXES, sizes, strict=True))
+  with pytest.raises(UserError, match=re.escape(expected)):
+    sharding.make_mesh(axes, batch_size=4096)
+
+
+@pytest.mark.parametrize(('batch_size', 'passes'), [(8, 3), (7, 2)])
+def test_a_batch_that_cannot_be_split_is_told(batch_size, passes):
+  axes = {'data': -1, 'fsdp': 1, 'tensor': 1}
+  devices = jax.device_count()
+  with pytest.raises(UserError, match=f'use a multiple of {passes * devices}'):
+    sharding.make_mesh(axes, batch_size, passes)
+  sharding.make_mesh(axes, 2 * passes * devices, passes)
