@@ -80,16 +80,15 @@ def partition_spec(
     mesh: a mesh with the axes of `make_mesh`.
   """
   axes: list[str | None] = [None] * len(shape)
+  tensor, fsdp = mesh.shape['tensor'], mesh.shape['fsdp']
   for pattern, dimension in _TENSOR_RULES:
     if re.search(f'{pattern}$', name) and len(shape) >= abs(dimension):
-      if shape[dimension] % mesh.shape['tensor'] == 0:
+      if tensor > 1 and shape[dimension] % tensor == 0:
         axes[dimension] = 'tensor'
       break
-  if np.prod(shape) >= _MIN_FSDP_SIZE:
+  if fsdp > 1 and np.prod(shape) >= _MIN_FSDP_SIZE:
     free = [
-      i
-      for i, size in enumerate(shape)
-      if axes[i] is None and size % mesh.shape['fsdp'] == 0
+      i for i, size in enumerate(shape) if axes[i] is None and size % fsdp == 0
     ]
     if free:
       axes[max(free, key=lambda i: shape[i])] = 'fsdp'
