@@ -1,6 +1,6 @@
 r"""Trains a DualFormer, then tests it.
 
-  python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
+python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
     [--mode=test] [--config.FIELD=VALUE ...]
 """
 

@@ -134,7 +134,12 @@ def test_configurations_are_named_after_a_slash(copied):
   shutil.move(folder, config / '1.0.0')
   data_dir = str(folder.parents[1])
   assert len(records.PreparedDataset('levels/small', 'train', data_dir)) == 11
-  with pytest.raises(errors.UserError, match='name one of them: levels/small$'):
+  # The only one need not be named.
+  assert len(records.PreparedDataset('levels', 'train', data_dir)) == 11
+  shutil.copytree(config, folder.parent / 'large')
+  with pytest.raises(
+    errors.UserError, match='name one of them: levels/large, levels/small$'
+  ):
     records.PreparedDataset('levels', 'train', data_dir)
 
 

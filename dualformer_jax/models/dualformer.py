@@ -1,5 +1,7 @@
 """DualFormer, the local-global stratified video transformer (2112.04674)."""
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -262,7 +264,7 @@ class DualFormer(nn.Module):
       name='backbone',
     )(clips.astype(self.dtype), train)
     features = jnp.mean(tokens, axis=(1, 2, 3), dtype=jnp.float32)
-    settings = dict(
+    settings: dict[str, Any] = dict(
       num_classes=self.num_classes,
       dropout=self.head_dropout,
       dtype=self.dtype,

@@ -1,0 +1,339 @@
+"""The models compute what the published implementation and the paper say."""
+
+import itertools
+import pathlib
+import runpy
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualformer_jax import convert, pytorch
+from dualformer_jax.models import attention, layers, variants
+from dualformer_jax.models.dualformer import DualFormer, gelu
+from dualformer_jax.training import checkpoint
+from tests import reference_arrays
+
+common = runpy.run_path(
+  str(pathlib.Path(__file__).parents[1] / 'configs' / 'common.py')
+)
+SMALL: dict[str, Any] = dict(
+  depths=(2, 2),
+  embed_dims=(16, 32),
+  num_heads=(2, 4),
+  num_classes=5,
+  num_frames=16,
+  image_size=64,
+  window=(8, 7, 7),
+  fine_sizes=((4, 4, 4), (4, 4, 4)),
+  coarse_sizes=((2, 4, 4), None),
+  dtype='float32',
+)
+
+
+def converted(name: str, folder: pathlib.Path):
+  """Returns model, variables and description of reference weights.
+
+  They go the way of a user's: a .pth file on disk, the converter, the folder.
+  """
+  config = common['get_config']()
+  config.model.update(reference_arrays.MODELS[name])
+  config.model.dtype = 'float32'
+  src, dst = folder / f'{name}.pth', folder / name
+  pytorch.write_pth(src, reference_arrays.state_dict(name, seed=1))
+  convert.pth_to_folder(src, dst, config)
+  variables, description = checkpoint.load_model(dst)
+  return description.build_model(), variables
+
+
+def assert_close(actual, expected, name, tolerance=1e-4):
+  """Compares relative to the largest value of the expected array."""
+  error = np.abs(np.asarray(actual) - expected).max() / np.abs(expected).max()
+  assert error < tolerance, f'{name}: {error}'
+
+
+@pytest.mark.parametrize(
+  'name', ['micro', 'micro16', 'micro_tokenlabel', 'tiny', 'tiny16']
+)
+def test_forward_agrees_with_the_published_implementation(name, tmp_path):
+  model, variables = converted(name, tmp_path)
+  figures = np.load(reference_arrays.DIRECTORY / f'forward_{name}_seed1.npz')
+  batch = len(figures['logits'])
+  clips = reference_arrays.clips(batch, model.num_frames, 224, seed=1)
+  apply = jax.jit(lambda v, x: model.apply(v, x, mutable=['intermediates']))
+  output, sown = apply(variables, clips)
+  actual = {'logits': output.logits, 'features': output.features}
+  if output.token_logits is not None:
+    actual['token_logits'] = output.token_logits[:, ::2, ::3, ::3]
+  for stage in range(4):
+    x = np.asarray(sown['intermediates']['backbone'][f'stage_{stage}'][0])
+    actual[f'stage{stage}_mean'] = x.mean((1, 2, 3))
+    actual[f'stage{stage}_std'] = x.std((1, 2, 3), ddof=1)
+    actual[f'stage{stage}_corner'] = x[:, :3, :4, :4, :4]
+  assert set(figures) <= set(actual)
+  for key, expected in figures.items():
+    assert actual[key].shape == expected.shape
+    assert_close(actual[key], expected, key)
+
+  if name == 'tiny':
+    coarse = model.clone(dtype='bfloat16')
+    logits = jax.jit(lambda v, x: coarse.apply(v, x).logits)(variables, clips)
+    exact = figures['logits']
+    error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
+    assert 0 < error < 2e-2
+    np.testing.assert_array_equal(logits.argmax(-1), exact.argmax(-1))
+
+
+@pytest.mark.parametrize(
+  'fields, count',
+  [
+    (variants.TINY, 21_767_360),
+    (variants.SMALL, 48_908_064),
+    (variants.BASE, 86_837_632),
+  ],
+)
+def test_backbones_have_as_many_parameters_as_published(fields, count):
+  model = DualFormer(**fields, num_classes=400)
+  clips = jax.ShapeDtypeStruct(model.input_shape(), np.float32)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), clips)
+  leaves = jax.tree.leaves(shapes['params']['backbone'])
+  assert sum(np.prod(leaf.shape) for leaf in leaves) == count
+
+
+def softmax(x):
+  x = np.exp(x - x.max(-1, keepdims=True))
+  return x / x.sum(-1, keepdims=True)
+
+
+def attend(q, k, v):
+  """Attention of one head in float64: [l, e], [m, e], [m, e] -> [l, e]."""
+  return softmax(q @ k.T / np.sqrt(q.shape[-1])) @ v
+
+
+@pytest.mark.parametrize(
+  'grid, window',
+  [
+    ((10, 20, 20), (8, 7, 7)),
+    ((8, 7, 7), (8, 7, 7)),
+    ((3, 9, 16), (8, 7, 7)),
+    ((4, 6, 5), (4, 4, 4)),
+  ],
+)
+def test_windows_that_do_not_fit_hold_real_tokens_alone(grid, window):
+  channels, heads = 8, 2
+  layer = attention.LocalWindowAttention(heads, window, 'float32')
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((2, *grid, channels)).astype(np.float32)
+  variables = jax.jit(layer.init)(jax.random.key(1), x)
+  variables = jax.tree.map(
+    lambda p: rng.standard_normal(p.shape).astype(np.float32), variables
+  )
+  actual = jax.jit(layer.apply)(variables, x)
+
+  p = jax.tree.map(np.float64, variables['params'])
+  qkv = np.einsum('bdhwc,csne->bdhwsne', x, p['qkv']['kernel'])
+  qkv += p['qkv']['bias']
+  mixed = np.zeros((*x.shape[:-1], heads, channels // heads))
+  starts = [range(0, g, w) for g, w in zip(grid, window, strict=True)]
+  for b, n, *start in itertools.product(range(2), range(heads), *starts):
+    place = (b, *(slice(s, s + w) for s, w in zip(start, window, strict=True)))
+    tokens = qkv[place]
+    q, k, v = (tokens[..., i, n, :].reshape(-1, 4) for i in range(3))
+    mixed[(*place, n)] = attend(q, k, v).reshape(*tokens.shape[:3], 4)
+  expected = np.einsum('bdhwne,nec->bdhwc', mixed, p['proj']['kernel'])
+  expected += p['proj']['bias']
+  assert_close(actual, expected, 'local window attention')
+
+
+def pool(x, kernel, bias):
+  """A depthwise convolution with stride = kernel: x [d, h, w, c], float64."""
+  sizes = kernel.shape[:3]
+  grid = [g // s for g, s in zip(x.shape[:3], sizes, strict=True)]
+  out = np.zeros((*grid, x.shape[-1]))
+  for place in itertools.product(*map(range, grid)):
+    block = tuple(
+      slice(i * s, (i + 1) * s) for i, s in zip(place, sizes, strict=True)
+    )
+    out[place] = (x[block] * kernel).sum((0, 1, 2)) + bias
+  return out
+
+
+def test_global_attention_sees_the_pyramid_as_convolutions_would_pool_it():
+  # The fine level leaves a row out: 9 is no multiple of 9 // 4 = 2.
+  grid, channels, heads = (4, 9, 12), 8, 2
+  layer = attention.GlobalPyramidAttention(
+    heads, (2, 4, 4), (2, 3, 3), 'float32'
+  )
+  rng = np.random.default_rng(0)
+  x = rng.standard_normal((1, *grid, channels)).astype(np.float32)
+  variables = jax.jit(layer.init)(jax.random.key(1), x)
+  variables = jax.tree.map(
+    lambda v: rng.uniform(0.5, 1.5, v.shape).astype(v.dtype), variables
+  )
+  actual = jax.jit(layer.apply)(variables, x)
+
+  p = jax.tree.map(np.float64, variables['params'])
+  statistics = jax.tree.map(np.float64, variables['batch_stats'])['lr_1']
+  assert p['sr']['kernel'].shape[:3] == (2, 2, 3)
+  assert p['lr_0']['kernel'].shape[:3] == (1, 3, 4)
+  assert p['lr_3']['kernel'].shape[:3] == (2, 1, 1)
+  fine = pool(x[0], p['sr']['kernel'], p['sr']['bias'])
+  coarse = pool(x[0], p['lr_0']['kernel'], p['lr_0']['bias'])
+  coarse = (coarse - statistics['mean']) / np.sqrt(statistics['var'] + 1e-5)
+  coarse = np.maximum(coarse * p['lr_1']['scale'] + p['lr_1']['bias'], 0)
+  coarse = pool(coarse, p['lr_3']['kernel'], p['lr_3']['bias'])
+  keys = np.concatenate([y.reshape(-1, channels) for y in (fine, coarse)])
+  keys = keys - keys.mean(-1, keepdims=True)
+  keys = keys / np.sqrt((keys**2).mean(-1, keepdims=True) + 1e-5)
+  keys = keys * p['norm']['scale'] + p['norm']['bias']
+  q = np.einsum('lc,cne->lne', x[0].reshape(-1, channels), p['q']['kernel'])
+  q += p['q']['bias']
+  kv = np.einsum('mc,csne->msne', keys, p['kv']['kernel']) + p['kv']['bias']
+  mixed = np.stack(
+    [attend(q[:, n], kv[:, 0, n], kv[:, 1, n]) for n in range(heads)], axis=1
+  )
+  expected = np.einsum('lne,nec->lc', mixed, p['proj']['kernel'])
+  expected = (expected + p['proj']['bias']).reshape(x.shape)
+  assert_close(actual, expected, 'global pyramid attention')
+
+
+@pytest.mark.parametrize(
+  'grid, coarse_size, first, second',
+  [
+    ((16, 56, 56), (4, 4, 4), (1, 7, 7), (4, 2, 2)),  # published, stage 0
+    ((16, 28, 28), (4, 4, 4), (1, 7, 7), (4, 1, 1)),  # published, stage 1
+    ((8, 56, 56), (4, 4, 4), (1, 7, 7), (2, 2, 2)),  # 16 frames
+    ((16, 112, 112), (4, 4, 4), (1, 7, 7), (4, 4, 4)),  # 448 pixels
+    ((16, 64, 64), (4, 4, 4), (1, 4, 4), (4, 4, 4)),  # 256 pixels
+    ((16, 44, 48), (4, 4, 4), (1, 1, 6), (4, 11, 2)),
+    ((2, 3, 4), (4, 4, 4), (1, 1, 1), (1, 1, 1)),
+  ],
+)
+def test_coarse_kernels_share_the_reduction(grid, coarse_size, first, second):
+  assert attention.coarse_kernels(grid, coarse_size) == (first, second)
+
+
+def test_the_positional_convolution_and_its_gradients_are_a_convolution():
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((2, 4, 5, 6, 3)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 3)), jnp.float32)
+  dy = jnp.asarray(rng.standard_normal(x.shape), jnp.float32)
+
+  def convolution(x, kernel):
+    return jax.lax.conv_general_dilated(
+      x,
+      kernel[:, :, :, None],
+      (1, 1, 1),
+      'SAME',
+      dimension_numbers=('NDHWC', 'DHWIO', 'NDHWC'),
+      feature_group_count=3,
+    )
+
+  expected, expected_vjp = jax.vjp(convolution, x, kernel)
+  actual, actual_vjp = jax.vjp(layers.depthwise_conv, x, kernel)
+  assert_close(actual, expected, 'output', 1e-5)
+  for name, a, e in zip(
+    ('dx', 'dkernel'), actual_vjp(dy), expected_vjp(dy), strict=True
+  ):
+    assert_close(a, e, name, 1e-5)
+
+
+def test_batch_norm_keeps_statistics_as_pytorch_does():
+  rng = np.random.default_rng(0)
+  x = (3 * rng.standard_normal((2, 2, 3, 3, 4)) + 1).astype(np.float32)
+  layer = layers.BatchNorm('float32')
+  x = jnp.asarray(x)
+  variables = layer.init(jax.random.key(0), x, train=True)
+  np.testing.assert_array_equal(variables['batch_stats']['mean'], 0)
+  y, updates = layer.apply(variables, x, train=True, mutable=['batch_stats'])
+  flat = np.asarray(x, np.float64).reshape(-1, 4)
+  expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
+  np.testing.assert_allclose(y.reshape(-1, 4), expected, atol=1e-5)
+  statistics = updates['batch_stats']
+  np.testing.assert_allclose(statistics['mean'], 0.1 * flat.mean(0), rtol=1e-5)
+  np.testing.assert_allclose(
+    statistics['var'], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5
+  )
+  assert statistics['num_batches_tracked'] == 1
+
+
+def gradients(model):
+  rng = np.random.default_rng(0)
+  clips = rng.standard_normal((2, *model.input_shape()[1:])).astype(np.float32)
+  variables = jax.jit(model.init)(jax.random.key(0), clips)
+
+  def loss(params, batch_stats):
+    output, _ = model.apply(
+      {'params': params, 'batch_stats': batch_stats},
+      clips,
+      True,
+      rngs={'dropout': jax.random.key(1)},
+      mutable=['batch_stats'],
+    )
+    return jnp.sum(output.logits**2)
+
+  compiled = (
+    jax.jit(jax.grad(loss))
+    .lower(variables['params'], variables['batch_stats'])
+    .compile()
+  )
+  result = compiled(variables['params'], variables['batch_stats'])
+  return result, compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_what_is_recomputed_changes_memory_and_nothing_else():
+  fields = {**SMALL, 'drop_path_rate': 0.3, 'head_dropout': 0.3}
+  kept, most = gradients(DualFormer(**fields, remat='none'))
+  largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(kept))
+  memory = [most]
+  for remat in ('elementwise', 'block'):
+    again, size = gradients(DualFormer(**fields, remat=remat))
+    memory.append(size)
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(kept), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * largest)
+  assert memory[0] > memory[1] > memory[2]
+
+
+def test_branches_are_dropped_sample_by_sample_and_only_in_training():
+  model = DualFormer(**SMALL, drop_path_rate=0.9, head_dropout=0.0)
+  clip = np.random.default_rng(0).standard_normal((1, 16, 64, 64, 3))
+  clips = np.repeat(clip, 8, axis=0).astype(np.float32)
+  variables = jax.jit(model.init)(jax.random.key(0), clips)
+  apply = jax.jit(model.apply, static_argnames=('train', 'mutable'))
+
+  def logits(train, key):
+    output = apply(
+      variables,
+      clips,
+      train=train,
+      rngs={'dropout': jax.random.key(key)},
+      mutable=('batch_stats',) if train else False,
+    )
+    return np.asarray((output[0] if train else output).logits)
+
+  np.testing.assert_allclose(logits(False, 1)[1:], logits(False, 2)[:-1])
+  first = logits(True, 1)
+  np.testing.assert_array_equal(first, logits(True, 1))
+  assert len(np.unique(first.round(6), axis=0)) > 2
+  assert np.abs(first - logits(True, 2)).max() > 1e-6
+
+
+def test_clips_of_other_sizes_are_refused():
+  model = DualFormer(**SMALL)
+  with pytest.raises(ValueError, match=r'model takes \[batch, 16, 64, 64, 3\]'):
+    model.init(jax.random.key(0), jnp.zeros((1, 16, 32, 32, 3)))
+
+
+def test_unknown_ways_to_recompute_are_refused():
+  model = DualFormer(**SMALL, remat='all')
+  with pytest.raises(ValueError, match="model.remat is 'all'"):
+    model.init(jax.random.key(0), jnp.zeros(model.input_shape()))
+
+
+def test_gelu_is_the_exact_one():
+  x = jnp.linspace(-6, 6, 1001)
+  exact = nn.gelu(np.asarray(x, np.float32), approximate=False)
+  np.testing.assert_allclose(gelu(x), exact, atol=1e-6)
