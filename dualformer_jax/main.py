@@ -40,10 +40,13 @@ def main() -> None:
 
   from dualformer_jax.training import loop
 
+  workdir = _WORKDIR.value
+  assert workdir is not None  # cli requires it
+
   if _MODE.value == 'train':
-    loop.train_and_test(_CONFIG.value, _WORKDIR.value)
+    loop.train_and_test(_CONFIG.value, workdir)
   else:
-    loop.test(_CONFIG.value, _WORKDIR.value)
+    loop.test(_CONFIG.value, workdir)
 
 
 def cli() -> None:

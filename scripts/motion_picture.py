@@ -1,6 +1,6 @@
 """Draws a clip of each motion and what a model says of it, as a PNG.
 
-  python scripts/motion_picture.py --workdir=WORKDIR --data_dir=DATA \
+python scripts/motion_picture.py --workdir=WORKDIR --data_dir=DATA \
     --out=docs/motion.png
 """
 
@@ -53,9 +53,7 @@ def strip(
 ) -> UInt8[np.ndarray, 'y x 3']:
   """A row of frames with a text behind it, on white."""
   height = _SIDE + _MARGIN
-  row = np.full(
-    (height, len(_FRAMES) * (_SIDE + 2) + _TEXT, 3), 255, np.uint8
-  )
+  row = np.full((height, len(_FRAMES) * (_SIDE + 2) + _TEXT, 3), 255, np.uint8)
   for place, index in enumerate(_FRAMES):
     x = place * (_SIDE + 2)
     row[:_SIDE, x : x + _SIDE] = cv2.resize(

@@ -80,7 +80,8 @@ def test_forward_agrees_with_the_published_implementation(name, tmp_path):
 
   if name == 'tiny':
     coarse = model.clone(dtype='bfloat16')
-    logits = jax.jit(lambda v, x: coarse.apply(v, x).logits)(variables, clips)
+    output: Any = jax.jit(coarse.apply)(variables, clips)
+    logits = output.logits
     exact = figures['logits']
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
     assert 0 < error < 2e-2
@@ -252,7 +253,7 @@ def test_batch_norm_keeps_statistics_as_pytorch_does():
   flat = np.asarray(x, np.float64).reshape(-1, 4)
   expected = (flat - flat.mean(0)) / np.sqrt(flat.var(0) + 1e-5)
   np.testing.assert_allclose(y.reshape(-1, 4), expected, atol=1e-5)
-  statistics = updates['batch_stats']
+  statistics: Any = updates['batch_stats']
   np.testing.assert_allclose(statistics['mean'], 0.1 * flat.mean(0), rtol=1e-5)
   np.testing.assert_allclose(
     statistics['var'], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5
@@ -281,7 +282,8 @@ def gradients(model):
     .compile()
   )
   result = compiled(variables['params'], variables['batch_stats'])
-  return result, compiled.memory_analysis().temp_size_in_bytes
+  memory: Any = compiled.memory_analysis()
+  return result, memory.temp_size_in_bytes
 
 
 def test_what_is_recomputed_changes_memory_and_nothing_else():

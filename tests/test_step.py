@@ -1,5 +1,6 @@
 """A training step does what the published implementation's does."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -36,7 +37,7 @@ def recording() -> optax.GradientTransformation:
   """Changes nothing, and keeps the gradients where the test finds them."""
   return optax.GradientTransformation(
     init=lambda params: jax.tree.map(jnp.zeros_like, params),
-    update=lambda grads, state, params=None: (grads, grads),
+    update=lambda updates, state, params=None: (updates, updates),
   )
 
 
@@ -65,8 +66,9 @@ def test_three_steps_agree_with_the_published_implementation():
       figures['lr'],
       figures['weight_decay'],
       rules,
-      *figures['betas'],
-      figures['eps'],
+      b1=figures['betas'][0],
+      b2=figures['betas'][1],
+      eps=figures['eps'],
     ),
   )
   state = step.TrainState(
@@ -204,7 +206,9 @@ def test_randomness_follows_from_seed_and_step_alone():
   state, train_step = small_step(1, head_dropout=0.5, drop_path_rate=0.5)
   loss = {
     (seed, at): float(
-      train_step(state.replace(step=jnp.int32(at)), seed)[1]['loss']
+      train_step(dataclasses.replace(state, step=jnp.int32(at)), seed)[1][
+        'loss'
+      ]
     )
     for seed in (0, 1)
     for at in (0, 1)

@@ -243,7 +243,7 @@ def _find_folder(
     for info in folder.glob('*/*.*.*/dataset_info.json')
   }
   if len(configs) == 1:
-    return _find_folder(*configs, data_dir)
+    return _find_folder(configs.pop(), data_dir)
   if configs:
     raise errors.UserError(
       f'{folder}: has several configurations, name one of them:'

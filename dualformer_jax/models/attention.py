@@ -147,12 +147,14 @@ class GlobalPyramidAttention(nn.Module):
   def __call__(
     self, x: Float[Array, 'b d h w c'], train: bool = False
   ) -> Float[Array, 'b d h w c']:
-    grid, channels = x.shape[1:4], x.shape[-1]
+    d, h, w, channels = x.shape[1:]
+    grid = (d, h, w)
     head = channels // self.num_heads
     q = Linear((self.num_heads, head), self.dtype, name='q')(x)
     q = rearrange(checkpoint_name(q, 'qkv'), 'b d h w n e -> b (d h w) n e')
 
-    fine = tuple(g // s for g, s in zip(grid, self.fine_size, strict=True))
+    i, j, k = self.fine_size
+    fine = (d // i, h // j, w // k)
     if math.prod(fine) > 1:
       levels = [DepthwisePooling(fine, self.dtype, name='sr')(x)]
       if self.coarse_size is not None:

@@ -44,5 +44,5 @@ def augment(
   """
   if flip:
     keys = jax.random.split(key, clips.shape[0])
-    clips = jax.vmap(dm_pix.random_flip_left_right)(keys, clips)
+    clips = jnp.asarray(jax.vmap(dm_pix.random_flip_left_right)(keys, clips))
   return normalize(clips, pixel_mean, pixel_std)

@@ -150,7 +150,8 @@ def eval_step(
   activation = jax.nn.sigmoid if multi_label else jax.nn.softmax
 
   def score(clips):
-    return activation(model.apply(variables, normalize(clips)).logits)
+    output: Any = model.apply(variables, normalize(clips))
+    return activation(output.logits)
 
   # One view at a time: as much memory as for a batch of clips.
   return jnp.mean(jax.lax.map(score, jnp.moveaxis(views, 1, 0)), axis=0)
