@@ -263,7 +263,9 @@ def test_batch_norm_keeps_statistics_as_pytorch_does():
 
 def gradients(model):
   rng = np.random.default_rng(0)
-  clips = rng.standard_normal((2, *model.input_shape()[1:])).astype(np.float32)
+  clips = jnp.asarray(
+    rng.standard_normal((2, *model.input_shape()[1:])), jnp.float32
+  )
   variables = jax.jit(model.init)(jax.random.key(0), clips)
 
   def loss(params, batch_stats):
