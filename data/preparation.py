@@ -1,4 +1,4 @@
-"""What the dataset definitions share: features, storage, the report.
+"""What the dataset definitions share: annotations, storage, the report.
 
 `tfds build data/NAME` puts this folder on the import path, so a definition says
 `import preparation`, wherever the command is given.
@@ -9,83 +9,111 @@ from __future__ import annotations
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import concurrent.futures
+import contextlib
+import csv
 import dataclasses
-import functools
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
+import shutil
 import sys
-import tempfile
 from typing import Any, TypeVar
 
 from absl import logging
-import cv2
-from jaxtyping import UInt8
 import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import auto as tqdm
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding
+from dualformer_jax.input_pipeline import storing
 
-# Training takes crops of a short side of 256: more would only be thrown away.
-SHORT_SIDE = 256
-# A record (a protocol buffer) holds less than 2 GiB.
-MAX_BYTES = (2 << 30) - (1 << 20)
+Video = storing.Video
 REPORT = 'report.json'
+SUMMARY = 'summary.txt'
+MISSING = 'missing.txt'
+VIDEO_FILES = frozenset({
+    '.3g2', '.3gp', '.asf', '.avi', '.divx', '.dv', '.f4v', '.flv', '.gif',
+    '.h264', '.ivf', '.m2ts', '.m2v', '.m4v', '.mkv', '.mov', '.mp4', '.mpe',
+    '.mpeg', '.mpg', '.mts', '.mxf', '.nut', '.ogg', '.ogv', '.qt', '.rm',
+    '.rmvb', '.ts', '.vob', '.webm', '.wmv',
+})  # fmt: skip
+_FRAME_FILES = ('.jpg', '.jpeg', '.png')
 
 _Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
 
 
+@dataclasses.dataclass(eq=False)
+class StorageConfig(tfds.core.BuilderConfig):
+  """How the videos are kept; see storing.Storage for what the fields mean."""
+
+  form: str = 'reencoded'
+  crf: int = 18
+  jpeg_quality: int = 90
+  short_side: int = 256
+
+  @property
+  def storage(self) -> storing.Storage:
+    """The fields of it that say how videos are kept."""
+    fields = dataclasses.fields(storing.Storage)
+    return storing.Storage(**{f.name: getattr(self, f.name) for f in fields})
+
+
+_FORMS = {
+  'reencoded': 'H.264, a keyframe every 16 frames, short side at most 256.',
+  'verbatim': 'The files as they are.',
+  'jpeg': 'A JPEG file for each frame, short side at most 256.',
+}
+
+
+def storage_configs(
+  kind: type[StorageConfig] = StorageConfig,
+  **variants: dict[str, Any],
+) -> dict[str, StorageConfig]:
+  """The configurations of a dataset by name, the default one first.
+
+  Args:
+    kind: what they are made of.
+    **variants: fields by the name of the variant. Without any, the names are
+      those of the forms of storage; with some, `VARIANT` (re-encoded),
+      `VARIANT_verbatim` and `VARIANT_jpeg`.
+  """
+  if not variants:
+    return {
+      form: kind(name=form, description=text, form=form)
+      for form, text in _FORMS.items()
+    }
+  configs = {}
+  for form, text in _FORMS.items():
+    for variant, fields in variants.items():
+      name = variant if form == 'reencoded' else f'{variant}_{form}'
+      configs[name] = kind(name=name, description=text, form=form, **fields)
+  return configs
+
+
 def features(
-  class_names: Sequence[str] | None = None,
+  class_names: Sequence[str] | None = None, *, multi_label: bool = False
 ) -> tfds.features.FeaturesDict:
   """The features of every dataset.
 
   Args:
-    class_names: by label; None where only the videos tell, then
+    class_names: by label; None where only the files tell, then
       `builder.label.names` is set before any is written.
+    multi_label: whether a video may have several labels.
   """
   names = None if class_names is None else list(class_names)
+  label: Any = tfds.features.ClassLabel(names=names)
   return tfds.features.FeaturesDict(
     {
       # The content of a video file.
       'video': tfds.features.Tensor(shape=(), dtype=np.object_),
-      'label': tfds.features.ClassLabel(names=names),
+      'label': tfds.features.Sequence(label) if multi_label else label,
       # Where the video came from; unique in the dataset.
       'video_id': tfds.features.Text(),
     }
   )
-
-
-def reencode(path: str | os.PathLike[str]) -> bytes:
-  """A video as it is stored by default: small, and cheap to seek in.
-
-  H.264 in MP4 with every frame of the original, a keyframe every 16 and no
-  B-frames, CRF 18, sides even, the short one at most 256 pixels; smaller videos
-  are not enlarged.
-
-  Raises:
-    VideoError: the video cannot be decoded to its end, or has no frame.
-  """
-  info = decoding.probe(path)
-  scale = min(1.0, SHORT_SIDE / min(info.height, info.width))
-
-  def resize(
-    frame: UInt8[np.ndarray, 'h w 3'],
-  ) -> UInt8[np.ndarray, 'h2 w2 3']:
-    if scale == 1.0:
-      return frame
-    height, width = (
-      2 * round(side * scale / 2) for side in (info.height, info.width)
-    )
-    # Averages all pixels that become one: bilinear would skip some of them.
-    return cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA)
-
-  frames = map(resize, decoding.stream_frames(path))
-  return decoding.encode_mp4(frames, fps=info.fps)
 
 
 def in_threads(
@@ -108,57 +136,12 @@ def in_threads(
 
 
 @dataclasses.dataclass(frozen=True)
-class Video:
-  """A video that is to go into a dataset.
-
-  Attributes:
-    video_id: where it comes from, in a form to be read; unique.
-    path: the file.
-    label: name of its class.
-    split: name of its split; '' where that is still to be chosen.
-  """
-
-  video_id: str
-  path: pathlib.Path
-  label: str
-  split: str = ''
-
-
-def _store(
-  numbered: tuple[int, Video], scratch: pathlib.Path, verbatim: bool
-) -> tuple[pathlib.Path | None, str]:
-  """The file to put in the dataset, or None and why there is none."""
-  number, video = numbered
-  try:
-    if not video.path.is_file():
-      raise decoding.VideoError('is not a file, or a link that leads nowhere')
-    if verbatim:
-      decoding.probe(video.path)
-      size = video.path.stat().st_size
-      content = b''
-    else:
-      content = reencode(video.path)
-      size = len(content)
-    if size > MAX_BYTES:
-      raise decoding.VideoError(f'takes {size} bytes, more than a record can')
-  except decoding.VideoError as error:
-    return None, error.reason
-  except Exception as error:  # Whatever a stranger's file brings about.
-    return None, ' '.join(f'{type(error).__name__}: {error}'.split())
-  if verbatim:
-    return video.path, ''
-  path = scratch / str(number)
-  path.write_bytes(content)
-  return path, ''
-
-
-@dataclasses.dataclass(frozen=True)
-class _Stored:
-  """What is remembered of an example once it is written."""
+class _Entry:
+  """What the report knows of a video that is in the dataset."""
 
   split: str
   video_id: str
-  label: int
+  labels: tuple[int, ...]
   sha256: str
   num_bytes: int
 
@@ -166,25 +149,60 @@ class _Stored:
 class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
   """A builder that leaves a report beside what it writes.
 
-  A definition passes the examples of each split through `reported`, and may add
-  findings of its own to `findings`. The report is written where TFDS collects
-  the files, before it gives the folder its final name: neither is ever there
-  without the other. The same videos give the same report.
+  The report is written where TFDS collects the files, before it gives the
+  folder its final name: neither is ever there without the other. The same
+  videos give the same report.
 
   Attributes:
-    findings: goes into the report.
-    scratch: a folder for what is needed until all is written.
+    findings: goes into the report; a definition may add to it.
   """
 
+  CONFIGS: dict[str, StorageConfig] = {}
   findings: dict[str, Any]
-  scratch: pathlib.Path
-  _stored: list[_Stored]
+  _entries: list[_Entry]
+  _beam: dict[str, Any]
+
+  @classmethod
+  def get_builder_config(
+    cls, name: str, version: str | tfds.core.Version | None = None
+  ) -> StorageConfig | None:
+    """Finds a configuration in CONFIGS.
+
+    BUILDER_CONFIGS has the default one alone: `tfds build` would build all that
+    stand there.
+    """
+    del version
+    return cls.CONFIGS.get(name)
 
   @property
   def label(self) -> tfds.features.ClassLabel:
     """The feature that knows the names of the classes."""
     by_name: Any = self.info.features
-    return by_name['label']
+    label = by_name['label']
+    return label.feature if hasattr(label, 'feature') else label
+
+  def download_and_prepare(self, **options: Any) -> None:  # pyright: ignore
+    """As TFDS has it; what an interrupted build left is taken up or removed.
+
+    Raises:
+      UserError: another process is preparing the same dataset.
+    """
+    folder = pathlib.Path(self._videos_folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _only_here(folder.with_name(f'{folder.name}.lock')):
+      version = str(self.version)
+      for left in folder.parent.glob(f'{version}.incomplete*'):
+        shutil.rmtree(left)
+      super().download_and_prepare(**options)
+      shutil.rmtree(folder, ignore_errors=True)
+
+  @property
+  def _videos_folder(self) -> pathlib.Path:
+    """Keeps the videos that are done, until the dataset is."""
+    folder = pathlib.Path(self._data_dir_root) / self.name
+    if self.builder_config:
+      folder = folder / self.builder_config.name
+    return folder / f'.{self.version}-videos'
 
   def _download_and_prepare(
     self,
@@ -192,91 +210,146 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     download_config: tfds.download.DownloadConfig,
   ) -> None:
     self.findings = {}
-    self._stored = []
-    with tempfile.TemporaryDirectory(dir=self.data_path) as scratch:
-      self.scratch = pathlib.Path(scratch)
-      super()._download_and_prepare(dl_manager, download_config)
+    self._entries = []
+    self._beam = {
+      'runner': download_config.beam_runner,
+      'options': download_config.beam_options,
+    }
+    super()._download_and_prepare(dl_manager, download_config)
     report = self._report()
-    (self.data_path / REPORT).write_text(
-      json.dumps(report, indent=2, ensure_ascii=False) + '\n',
-      encoding='utf-8',
+    folder = pathlib.Path(self.data_path)
+    _write_text(
+      folder / REPORT, json.dumps(report, indent=2, ensure_ascii=False) + '\n'
     )
-    for name, split in report['splits'].items():
-      logging.info(
-        '%s: %d videos, %.1f MB', name, split['videos'], split['bytes'] / 1e6
-      )
-    logging.info('Fingerprint %s', report['fingerprint'])
+    summary = _summary(report)
+    _write_text(folder / SUMMARY, summary)
+    for line in summary.splitlines():
+      logging.info('%s', line)
 
   def store(
-    self, videos: Sequence[Video], *, verbatim: bool
-  ) -> list[tuple[Video, pathlib.Path]]:
+    self, videos: Sequence[Video], storage: storing.Storage
+  ) -> list[tuple[Video, storing.Stored]]:
     """Decodes each video; those that cannot be are findings, not errors.
+
+    In processes on this machine or, where Beam's options are given, on Beam's
+    workers.
 
     Args:
       videos: what was found.
-      verbatim: keep the files as they are, rather than `reencode` them.
+      storage: how to keep them.
 
     Returns:
-      The good ones, in order, each with the file to put in the dataset.
+      The good ones, in order, each with what was stored.
     """
-    stored = []
+    verb = 'Reading' if storage.form == 'verbatim' else 'Re-encoding'
+    if any(self._beam.values()):
+      logging.info('%s %d videos on Beam', verb, len(videos))
+      self._store_on_beam(videos, storage)
+    good = []
     undecodable = []
     progress = tqdm.tqdm(
-      in_threads(
-        functools.partial(_store, scratch=self.scratch, verbatim=verbatim),
-        enumerate(videos),
+      storing.store_all(
+        videos, storage, self._videos_folder, len(os.sched_getaffinity(0))
       ),
-      desc='Reading videos' if verbatim else 'Re-encoding videos',
+      desc=f'{verb} videos',
       total=len(videos),
       unit=' videos',
       mininterval=1.0,
     )
-    for video, (path, reason) in zip(videos, progress, strict=True):
-      if path is not None:
-        stored.append((video, path))
+    for video, stored in zip(videos, progress, strict=True):
+      if not stored.reason:
+        good.append((video, stored))
         continue
-      logging.warning('Left out %s: %s', video.video_id, reason)
-      undecodable.append({'video_id': video.video_id, 'reason': reason})
+      logging.warning('Left out %s: %s', video.video_id, stored.reason)
+      undecodable.append({'video_id': video.video_id, 'reason': stored.reason})
     self.findings.update(
-      stored_as='verbatim' if verbatim else 'reencoded',
+      stored_as=dataclasses.asdict(storage),
       found=len(videos),
-      good=len(stored),
+      good=len(good),
       undecodable=undecodable,
     )
-    return stored
+    return good
+
+  def _store_on_beam(
+    self, videos: Sequence[Video], storage: storing.Storage
+  ) -> None:
+    """Leaves every outcome in the folder, where it is then found done."""
+    import apache_beam as beam  # Takes seconds, and is seldom needed.
+
+    with beam.Pipeline(**self._beam) as pipeline:
+      _ = (
+        pipeline
+        | beam.Create(list(videos))
+        | beam.Reshuffle()
+        | beam.Map(storing.store, storage, os.fspath(self._videos_folder))
+      )
+
+  def examples(
+    self,
+    split: str,
+    stored: Sequence[tuple[Video, storing.Stored]],
+    storage: storing.Storage,
+  ) -> Any:
+    """What TFDS writes: the good videos of a split, which the report then has.
+
+    Returns:
+      An iterator, or a Beam transform where Beam's options are given.
+    """
+    for video, kept in stored:
+      labels = video.label if isinstance(video.label, tuple) else (video.label,)
+      self._add(split, video.video_id, labels, kept.sha256, kept.num_bytes)
+    folder = os.fspath(self._videos_folder)
+    videos = [video for video, _ in stored]
+    if not any(self._beam.values()):
+      return (storing.example(video, storage, folder) for video in videos)
+    import apache_beam as beam
+
+    return (
+      beam.Create(videos)
+      | beam.Reshuffle()
+      | beam.Map(storing.example, storage, folder)
+    )
 
   def reported(
     self, split: str, examples: Iterable[tuple[str, dict[str, Any]]]
   ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The same examples; what TFDS takes of them is in the report."""
+    """Examples that were not stored before; the report then has them, too."""
     for key, example in examples:
       video = example['video']
-      self._stored.append(
-        _Stored(
-          split,
-          example['video_id'],
-          self.label.encode_example(example['label']),
-          hashlib.sha256(video).hexdigest(),
-          len(video),
-        )
+      digest = hashlib.sha256(video).hexdigest()
+      self._add(
+        split, example['video_id'], [example['label']], digest, len(video)
       )
       yield key, example
+
+  def _add(
+    self,
+    split: str,
+    video_id: str,
+    labels: Iterable[str | int],
+    sha256: str,
+    num_bytes: int,
+  ) -> None:
+    numbers = tuple(int(self.label.encode_example(label)) for label in labels)
+    self._entries.append(_Entry(split, video_id, numbers, sha256, num_bytes))
 
   def _report(self) -> dict[str, Any]:
     class_names = self.label.names
     splits: dict[str, Any] = {}
     content = hashlib.sha256()
-    copies: dict[str, list[_Stored]] = collections.defaultdict(list)
-    for stored in sorted(self._stored, key=lambda s: (s.split, s.video_id)):
+    copies: dict[str, list[_Entry]] = collections.defaultdict(list)
+    for entry in sorted(self._entries, key=lambda e: (e.split, e.video_id)):
       split = splits.setdefault(
-        stored.split,
+        entry.split,
         {'videos': 0, 'bytes': 0, 'classes': dict.fromkeys(class_names, 0)},
       )
       split['videos'] += 1
-      split['bytes'] += stored.num_bytes
-      split['classes'][class_names[stored.label]] += 1
-      copies[stored.sha256].append(stored)
-      line = [stored.split, stored.video_id, stored.label, stored.sha256]
+      split['bytes'] += entry.num_bytes
+      for label in entry.labels:
+        split['classes'][class_names[label]] += 1
+      copies[entry.sha256].append(entry)
+      labels = entry.labels if len(entry.labels) > 1 else entry.labels[0]
+      line = [entry.split, entry.video_id, labels, entry.sha256]
       content.update(json.dumps(line).encode() + b'\n')
     return {
       'dataset': self.info.full_name,
@@ -284,12 +357,347 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       'splits': splits,
       # A video to learn from must not be one to test on.
       'same_in_several_splits': [
-        [stored.video_id for stored in same]
+        [entry.video_id for entry in same]
         for same in copies.values()
-        if len({stored.split for stored in same}) > 1
+        if len({entry.split for entry in same}) > 1
       ],
       **self.findings,
     }
+
+
+@dataclasses.dataclass(frozen=True)
+class Listed:
+  """A video that an annotation file names.
+
+  Attributes:
+    name: of its file, without the extension; perhaps after folders. A folder of
+      frames of that name does as well.
+    label: the name of its class, or the names of all of them.
+    split: the name of its split.
+    seconds: from when on and until when it is wanted; None for all of it.
+    video_id: if the name does not tell it from others.
+  """
+
+  name: str
+  label: str | tuple[str, ...]
+  split: str
+  seconds: tuple[float, float] | None = None
+  video_id: str = ''
+
+
+class AnnotatedBuilder(ReportingBuilder, skip_registration=True):
+  """Stores the videos that annotation files name, those of them that are there.
+
+  A definition says what the files say (`read_annotations`), and no more.
+
+  Attributes:
+    FRAME_RATE: of videos that are published as folders of frames.
+  """
+
+  FRAME_RATE = 25.0
+
+  def read_annotations(
+    self, folder: pathlib.Path
+  ) -> tuple[Sequence[str], Sequence[Listed]]:
+    """What the annotation files below `folder` say.
+
+    Returns:
+      The names of the classes, by label, and the videos.
+
+    Raises:
+      UserError: a file is missing or malformed.
+    """
+    raise NotImplementedError
+
+  def _split_generators(
+    self, dl_manager: tfds.download.DownloadManager
+  ) -> dict[str, Any]:
+    folder = manual_folder(dl_manager, self.name)
+    config = self.builder_config
+    assert isinstance(config, StorageConfig)
+    class_names, listed = self.read_annotations(folder)
+    listed, twice = _once(listed)
+    self.label.names = list(class_names)
+    known = set(class_names)
+    for video in listed:
+      labels = video.label if isinstance(video.label, tuple) else (video.label,)
+      for label in labels:
+        if label not in known:
+          raise errors.UserError(
+            f'{folder}: {video.name} is of the class {label!r}, which is not'
+            f' one of the {len(known)} of {self.name}'
+          )
+    paths = find_files(folder)
+    found, missing = [], []
+    for video in listed:
+      path = _match(video, paths)
+      if path is None:
+        missing.append(video)
+        continue
+      found.append(
+        Video(
+          video.video_id or video.name,
+          path,
+          video.label,
+          video.split,
+          video.seconds,
+          self.FRAME_RATE,
+        )
+      )
+    if not found:
+      raise errors.UserError(
+        f'{folder}: none of the {len(listed)} videos that the annotations name'
+        f' lies there, {listed[0].name if listed else ""}.mp4 for one; see'
+        f' data/{self.name}/README.md'
+      )
+    stored = self.store(found, config.storage)
+    if not stored:
+      raise errors.UserError(
+        f'{folder}: none of its {len(found)} videos can be decoded; the lines'
+        ' above say why'
+      )
+    self.findings.update(
+      listed=_count(video.split for video in listed),
+      missing={
+        split: _count(
+          label
+          for video in missing
+          if video.split == split
+          for label in (
+            video.label if isinstance(video.label, tuple) else (video.label,)
+          )
+        )
+        for split in dict.fromkeys(video.split for video in missing)
+      },
+      missing_videos=_count(video.split for video in missing),
+      notes=[f'{name} is listed more than once' for name in twice],
+    )
+    _write_text(
+      pathlib.Path(self.data_path) / MISSING,
+      ''.join(f'{video.split} {video.name}\n' for video in missing),
+    )
+    splits = dict.fromkeys(video.split for video in listed)
+    generators = {}
+    for split in splits:
+      videos = [item for item in stored if item[0].split == split]
+      if videos:
+        generators[split] = self.examples(split, videos, config.storage)
+    return generators
+
+  def _generate_examples(self, *args: Any) -> Any:
+    raise NotImplementedError  # TFDS wants it; _split_generators does it all.
+
+
+def manual_folder(
+  dl_manager: tfds.download.DownloadManager, name: str
+) -> pathlib.Path:
+  """The folder that was given as --manual_dir.
+
+  Raises:
+    UserError: there is none, or it is empty.
+  """
+  try:
+    return pathlib.Path(dl_manager.manual_dir)
+  except AssertionError:
+    raise errors.UserError(
+      'the folder of videos is absent or empty: give it as --manual_dir=VIDEOS;'
+      f' data/{name}/README.md says what must lie there'
+    ) from None
+
+
+def find_one(folder: pathlib.Path, *names: str) -> pathlib.Path:
+  """The annotation file of one of these names, in `folder` or just below.
+
+  Raises:
+    UserError: there is none.
+  """
+  for name in names:
+    for path in (folder / name, *sorted(folder.glob(f'*/{name}'))):
+      if path.is_file():
+        return path
+  raise errors.UserError(
+    f'{folder}: the annotation file {" or ".join(names)} is not there'
+  )
+
+
+def read_lines(path: pathlib.Path) -> list[str]:
+  """The lines of a text file that are not blank, without blanks at the ends.
+
+  Raises:
+    UserError: the file cannot be read, or is not UTF-8.
+  """
+  with malformed(path):
+    lines = path.read_text('utf-8-sig').splitlines()
+  return [line.strip() for line in lines if line.strip()]
+
+
+def read_csv(path: pathlib.Path, **options: Any) -> list[list[str]]:
+  """The rows of a CSV file that are not empty.
+
+  Raises:
+    UserError: the file cannot be read, or is malformed.
+  """
+  with malformed(path):
+    text = path.read_text('utf-8-sig')
+    return [row for row in csv.reader(text.splitlines(), **options) if row]
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file.
+
+  Raises:
+    UserError: the file cannot be read, or is malformed.
+  """
+  with malformed(path):
+    return json.loads(path.read_text('utf-8-sig'))
+
+
+def read_labels(beside: str) -> list[str]:
+  """The class names in labels.txt beside a definition, by label.
+
+  Args:
+    beside: the definition's `__file__`.
+  """
+  return read_lines(pathlib.Path(beside).with_name('labels.txt'))
+
+
+@contextlib.contextmanager
+def malformed(path: pathlib.Path) -> Iterator[None]:
+  """Turns what an annotation file that is wrong leads to into a UserError."""
+  try:
+    yield
+  except (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    csv.Error,
+  ) as error:
+    raise errors.UserError(
+      f'{path}: cannot be read as the annotation file that its publisher ships'
+      f' ({type(error).__name__}: {error})'
+    ) from error
+
+
+def without_extension(name: str) -> str:
+  """The name of a video without its extension, if it is that of a video."""
+  stem, extension = os.path.splitext(name)
+  return stem if extension.lower() in VIDEO_FILES else name
+
+
+def find_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+  """All videos below a folder by their name, without extension.
+
+  A folder that holds pictures but no videos is a video: of frames.
+  """
+  found: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+  seen = set()
+  for top, folders, files in os.walk(folder, followlinks=True):
+    status = os.stat(top)
+    if (status.st_dev, status.st_ino) in seen:  # A link led here again.
+      folders.clear()
+      continue
+    seen.add((status.st_dev, status.st_ino))
+    folders.sort()
+    videos = [f for f in files if os.path.splitext(f)[1].lower() in VIDEO_FILES]
+    for name in sorted(videos):
+      found[without_extension(name)].append(pathlib.Path(top, name))
+    # A folder with a video's name is broken, and must not be lost sight of.
+    for name in folders:
+      if os.path.splitext(name)[1].lower() in VIDEO_FILES:
+        found[without_extension(name)].append(pathlib.Path(top, name))
+    pictures = any(f.lower().endswith(_FRAME_FILES) for f in files)
+    if pictures and not videos and pathlib.Path(top) != folder:
+      found[os.path.basename(top)].append(pathlib.Path(top))
+      folders.clear()
+  return found
+
+
+def _match(
+  video: Listed, paths: dict[str, list[pathlib.Path]]
+) -> pathlib.Path | None:
+  """The file of a listed video; that in the right folders, if several."""
+  parts = pathlib.PurePosixPath(video.name).parts
+  candidates = paths.get(parts[-1], []) if parts else []
+
+  def agreement(path: pathlib.Path) -> int:
+    folders = path.parts[-2::-1]
+    wanted = parts[-2::-1]
+    same = 0
+    for mine, theirs in zip(folders, wanted, strict=False):
+      if mine != theirs:
+        break
+      same += 1
+    return 2 * same + (video.split in path.parts)
+
+  return max(candidates, key=agreement, default=None)
+
+
+def _once(listed: Sequence[Listed]) -> tuple[list[Listed], list[str]]:
+  """Each video of a split once, and the names of those that were more."""
+  first: dict[tuple[str, str], Listed] = {}
+  twice = []
+  for video in listed:
+    name = video.video_id or video.name
+    if first.setdefault((video.split, name), video) is not video:
+      twice.append(name)
+  return list(first.values()), twice
+
+
+def _count(items: Iterable[str]) -> dict[str, int]:
+  return dict(sorted(collections.Counter(items).items()))
+
+
+def _summary(report: dict[str, Any]) -> str:
+  """The report in some lines to be read."""
+  lines = [f'{report["dataset"]}, fingerprint {report["fingerprint"]}']
+  listed, missing = report.get('listed', {}), report.get('missing_videos', {})
+  for name, split in report['splits'].items():
+    counts = split['classes'].values()
+    line = (
+      f'{name}: {split["videos"]} videos, {split["bytes"] / 1e6:.1f} MB,'
+      f' {sum(count > 0 for count in counts)} of {len(counts)} classes'
+    )
+    if name in listed:
+      line += (
+        f'; {listed[name]} are listed, {missing.get(name, 0)} of them missing'
+      )
+    lines.append(line)
+  for split, classes in report.get('missing', {}).items():
+    worst = sorted(classes.items(), key=lambda item: -item[1])[:5]
+    text = ', '.join(f'{name} {count}' for name, count in worst)
+    lines.append(f'missing in {split}, by class: {text}')
+  bad = report.get('undecodable', [])
+  if 'found' in report:
+    lines.append(f'{len(bad)} of {report["found"]} videos cannot be decoded')
+  lines += [f'  {b["video_id"]}: {b["reason"]}' for b in bad[:20]]
+  if len(bad) > 20:
+    lines.append(f'  and {len(bad) - 20} more, see {REPORT}')
+  copies = report['same_in_several_splits']
+  if copies:
+    lines.append(f'{len(copies)} videos are in several splits, see {REPORT}')
+  lines += report.get('notes', [])
+  return '\n'.join(lines) + '\n'
+
+
+def _write_text(path: pathlib.Path, text: str) -> None:
+  path.write_text(text, encoding='utf-8', errors='backslashreplace')
+
+
+@contextlib.contextmanager
+def _only_here(path: pathlib.Path) -> Iterator[None]:
+  """Holds a lock; it ends with the process, however that ends."""
+  with open(path, 'wb') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f'{path.parent}: another process is preparing this dataset; wait until'
+        ' it is done'
+      ) from None
+    yield
+    path.unlink(missing_ok=True)
 
 
 def _print_user_errors_in_one_line() -> None:

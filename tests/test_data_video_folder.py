@@ -14,7 +14,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding, records
+from dualformer_jax.input_pipeline import decoding, records, storing
 import preparation
 from tests import tfds_command
 from video_folder import video_folder_dataset_builder as video_folder
@@ -333,8 +333,11 @@ def test_nothing_decodable_is_an_error_that_leaves_nothing(tmp_path):
     build(tmp_path / 'videos', tmp_path / 'out')
   with pytest.raises(errors.UserError, match='--manual_dir'):
     build(tmp_path / 'absent', tmp_path / 'out')
-  files = [p for p in (tmp_path / 'out').rglob('*') if p.is_file()]
-  assert [p.name for p in files] == ['metadata.json']  # TFDS's, of the configs.
+  folder = tmp_path / 'out' / 'video_folder' / 'reencoded'
+  assert {path.name for path in folder.iterdir()} <= {
+    '.1.0.0-videos',  # What is known of the videos.
+    '.1.0.0-videos.lock',
+  }
 
 
 def test_an_aborted_build_leaves_nothing_that_looks_whole(
@@ -344,27 +347,33 @@ def test_an_aborted_build_leaves_nothing_that_looks_whole(
     write(tmp_path / 'videos' / 'a' / f'{number}.mp4', mp4(number))
   taken = []
 
-  def full(self, split, examples):
-    for example in examples:
-      taken.append(example)
-      if len(taken) == 2:
-        raise OSError('No space left on device')
-      yield example
+  def full(*video):
+    taken.append(video)
+    if len(taken) == 2:
+      raise OSError('No space left on device')
+    return example(*video)
 
+  example = storing.example
   with monkeypatch.context() as patched:
-    patched.setattr(preparation.ReportingBuilder, 'reported', full)
+    patched.setattr(storing, 'example', full)
     with pytest.raises(OSError, match='No space'):
       build(tmp_path / 'videos', tmp_path / 'out')
   folder = tmp_path / 'out' / 'video_folder' / 'reencoded'
   assert len(taken) == 2
-  assert list(folder.iterdir()) == []
+  # What was decoded is kept for the next attempt.
+  assert {path.name for path in folder.iterdir()} <= {
+    '.1.0.0-videos',
+    '.1.0.0-videos.lock',
+  }
   report, _ = build(tmp_path / 'videos', tmp_path / 'out')
   assert report['good'] == 3
+  assert [path.name for path in folder.iterdir()] == ['1.0.0']
 
 
 def test_the_split_depends_on_nothing_but_names():
+  nothing = storing.Stored('')
   videos = [
-    (preparation.Video(f'{name}/{i}.mp4', pathlib.Path(), name), pathlib.Path())
+    (preparation.Video(f'{name}/{i}.mp4', pathlib.Path(), name), nothing)
     for name, number in (('a', 100), ('b', 7), ('c', 2), ('d', 1))
     for i in range(number)
   ]
@@ -402,11 +411,10 @@ def test_videos_too_large_for_a_record_are_left_out(tmp_path, monkeypatch):
   write(tmp_path / 'videos' / 'a' / '0.mp4', mp4(0, frames=2))
   large = mp4(1, frames=20)
   write(tmp_path / 'videos' / 'a' / '1.mp4', large)
-  monkeypatch.setattr(preparation, 'MAX_BYTES', len(large) - 1)
-  report, _ = build(tmp_path / 'videos', tmp_path / 'out', config='verbatim')
-  (bad,) = report['undecodable']
-  assert bad['video_id'] == 'a/1.mp4'
-  assert str(len(large)) in bad['reason']
+  monkeypatch.setattr(storing, 'MAX_BYTES', len(large) - 1)
+  video = storing.Video('a', tmp_path / 'videos' / 'a' / '1.mp4', 'a')
+  kept = storing.store(video, storing.Storage('verbatim'), tmp_path / 'kept')
+  assert str(len(large)) in kept.reason
 
 
 def test_real_clips(clips_dir, tmp_path):

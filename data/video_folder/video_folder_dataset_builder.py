@@ -10,7 +10,7 @@ cannot be decoded are listed in the report and left out.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import os
@@ -22,6 +22,7 @@ from absl import logging
 import tensorflow_datasets as tfds
 
 from dualformer_jax import errors
+from dualformer_jax.input_pipeline import storing
 import preparation
 
 # What a folder of a split may be called.
@@ -31,34 +32,17 @@ _SPLITS = {
   'val': 'validation',
   'test': 'test',
 }
-_EXTENSIONS = frozenset({
-    '.3g2', '.3gp', '.asf', '.avi', '.divx', '.dv', '.f4v', '.flv', '.gif',
-    '.h264', '.ivf', '.m2ts', '.m2v', '.m4v', '.mkv', '.mov', '.mp4', '.mpe',
-    '.mpeg', '.mpg', '.mts', '.mxf', '.nut', '.ogg', '.ogv', '.qt', '.rm',
-    '.rmvb', '.ts', '.vob', '.webm', '.wmv',
-})  # fmt: skip
 
 
 @dataclasses.dataclass(eq=False)
-class VideoFolderConfig(tfds.core.BuilderConfig):
+class VideoFolderConfig(preparation.StorageConfig):
   """How the videos are stored and split.
 
   Attributes:
-    verbatim: keep the files as they are; else they are re-encoded for cheap
-      seeking, the short side 256 where it is larger.
     validation_share: of the videos of a class, where the folder does not say.
   """
 
-  verbatim: bool = False
   validation_share: float = 0.2
-
-
-_REENCODED = VideoFolderConfig(
-  name='reencoded', description='H.264, short side at most 256.'
-)
-_VERBATIM = VideoFolderConfig(
-  name='verbatim', description='The files as they are.', verbatim=True
-)
 
 
 class Builder(preparation.ReportingBuilder):
@@ -71,34 +55,20 @@ class Builder(preparation.ReportingBuilder):
     ' MANUAL_DIR/train/CLASS/video.mp4 and'
     ' MANUAL_DIR/validation/CLASS/video.mp4.'
   )
-  # Without --config, `tfds build` builds all that stand here: just the default.
-  BUILDER_CONFIGS = [_REENCODED]
-
-  @classmethod
-  def get_builder_config(
-    cls, name: str, version: str | tfds.core.Version | None = None
-  ) -> VideoFolderConfig | None:
-    """Knows `--config=verbatim`, too."""
-    del version
-    return {config.name: config for config in (_REENCODED, _VERBATIM)}.get(name)
+  CONFIGS = preparation.storage_configs(VideoFolderConfig)
+  BUILDER_CONFIGS = [CONFIGS['reencoded']]
 
   def _info(self) -> tfds.core.DatasetInfo:
     return self.dataset_info_from_configs(features=preparation.features())
 
   def _split_generators(
     self, dl_manager: tfds.download.DownloadManager
-  ) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
-    try:
-      folder = pathlib.Path(dl_manager.manual_dir)
-    except AssertionError:
-      raise errors.UserError(
-        'the folder of videos is absent or empty: give it as'
-        ' --manual_dir=VIDEOS, with the videos as VIDEOS/CLASS/video.mp4'
-      ) from None
+  ) -> dict[str, Any]:
+    folder = preparation.manual_folder(dl_manager, self.name)
     config = self.builder_config
     assert isinstance(config, VideoFolderConfig)
     found = find_videos(folder)
-    stored = self.store(found.videos, verbatim=config.verbatim)
+    stored = self.store(found.videos, config.storage)
     if not stored:
       raise errors.UserError(
         f'{_text(folder)}: none of its {len(found.videos)} videos can be'
@@ -107,7 +77,7 @@ class Builder(preparation.ReportingBuilder):
     if not found.has_splits:
       stored = choose_splits(stored, config.validation_share)
     splits = {
-      split: [(video, path) for video, path in stored if video.split == split]
+      split: [item for item in stored if item[0].split == split]
       for split in dict.fromkeys(_SPLITS.values())
     }
     splits = {split: videos for split, videos in splits.items() if videos}
@@ -118,23 +88,16 @@ class Builder(preparation.ReportingBuilder):
     self.findings.update(ignored=found.ignored, notes=notes)
     self.label.names = found.class_names
     return {
-      split: self.reported(split, self._generate_examples(videos))
+      split: self.examples(split, videos, config.storage)
       for split, videos in splits.items()
     }
 
-  def _generate_examples(
-    self, videos: Sequence[tuple[preparation.Video, pathlib.Path]]
-  ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields the videos of a split."""
-    for video, path in videos:
-      yield (
-        video.video_id,
-        {
-          'video': path.read_bytes(),
-          'label': video.label,
-          'video_id': video.video_id,
-        },
-      )
+  def _generate_examples(self, *args: Any) -> Any:
+    raise NotImplementedError  # TFDS wants it; _split_generators does it all.
+
+
+# Videos, each with what was stored of it.
+Stored = Sequence[tuple[preparation.Video, storing.Stored]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +151,7 @@ def find_videos(root: pathlib.Path) -> Found:
           continue
         folders.append(path)
         walk(path, here)
-      elif path.suffix.lower() in _EXTENSIONS:
+      elif path.suffix.lower() in preparation.VIDEO_FILES:
         files.append(path)
       else:
         ignored[_text(path.suffix.lower()) or 'no extension'] += 1
@@ -245,9 +208,7 @@ def _has_splits(root: pathlib.Path, paths: Sequence[pathlib.Path]) -> bool:
   return bool(splits) and tops <= _SPLITS.keys()
 
 
-def choose_splits(
-  stored: Sequence[tuple[preparation.Video, pathlib.Path]], share: float
-) -> list[tuple[preparation.Video, pathlib.Path]]:
+def choose_splits(stored: Stored, share: float) -> Stored:
   """Chooses the videos for validation, a share of each class.
 
   At least one of a class, and never all. Which ones depends on nothing but
@@ -267,15 +228,13 @@ def choose_splits(
         video,
         split='validation' if video.video_id in held_out else 'train',
       ),
-      path,
+      kept,
     )
-    for video, path in stored
+    for video, kept in stored
   ]
 
 
-def _missing(
-  found: Found, stored: Sequence[tuple[preparation.Video, pathlib.Path]]
-) -> list[str]:
+def _missing(found: Found, stored: Stored) -> list[str]:
   """A line for each class that a split has no video of."""
   there = {(video.split, video.label) for video, _ in stored}
   splits = {video.split for video in found.videos} - {''}

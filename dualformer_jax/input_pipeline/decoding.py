@@ -1,7 +1,8 @@
 """Video bytes to RGB frames and back, with PyAV (FFmpeg); exact or an error.
 
 A frame's index is its place in a decode from the first frame to the last. All
-functions here agree on it. Rotation metadata is not applied.
+functions here agree on it. Frames are turned as the file says that they are to
+be shown; where their size changes on the way, all get that of the stream.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import av.container
 import av.error
 import av.stream
 import av.video.stream
+import cv2
 from jaxtyping import UInt8
 import numpy as np
 
@@ -42,7 +44,7 @@ _FORMATS = (
   'asf,flv,ogg,rm,m4v,h264,hevc,ivf,nut,mxf,dv'
 )
 # Codecs whose packets in an MP4 file hold one frame each.
-_ONE_FRAME_A_PACKET = frozenset({'h264', 'hevc', 'av1', 'vp9'})
+_ONE_FRAME_A_PACKET = frozenset({'h264', 'hevc', 'av1', 'vp9', 'mjpeg'})
 # Frames between two wanted ones that are sooner decoded than sought past.
 _MAX_SKIPPED = 8
 _DEFAULT_FPS = 25.0
@@ -95,7 +97,9 @@ def probe(video: Source) -> VideoInfo:
   with _open(video) as reader:
     count, height, width = 0, 0, 0
     for frame in reader.frames():
-      count, height, width = count + 1, frame.height, frame.width
+      if not count:
+        height, width = reader.shown_size(frame)
+      count += 1
     reader.check_holds(0, count)
     return VideoInfo(count, height, width, reader.fps())
 
@@ -116,18 +120,40 @@ def count_frames(video: Source) -> int:
     return count
 
 
-def stream_frames(video: Source) -> Iterator[Frame]:
+def frame_rate(video: Source) -> float:
+  """Average frames per second as the file says; 25 where it does not.
+
+  Raises:
+    VideoError: the video cannot be opened.
+  """
+  with _open(video) as reader:
+    return reader.fps()
+
+
+def stream_frames(
+  video: Source, seconds: tuple[float, float] | None = None
+) -> Iterator[Frame]:
   """All frames in order, RGB, one at a time.
+
+  Args:
+    video: the file's content, or its path.
+    seconds: only the frames that are shown from the first of these times on
+      and before the second, counted from the first frame.
 
   Raises:
     VideoError: while iterating, where the video cannot be decoded; or it has
-      no frame.
+      no frame, or none between the times.
   """
   with _open(video) as reader:
     count = 0
-    for frame in reader.frames():
+    frames = reader.frames()
+    for frame in frames if seconds is None else reader.part(frames, *seconds):
       yield reader.rgb(frame)
       count += 1
+    if not count and seconds is not None:
+      raise VideoError(
+        f'shows no frame from {seconds[0]:g} s to {seconds[1]:g} s', reader.path
+      )
     reader.check_holds(0, count)
 
 
@@ -177,7 +203,10 @@ def decode_frames(
         picked = _checked(indices(total))
       assert picked
       reader.check_holds(max(picked), total)
-      frames = _decode_by_seeking(reader, timetable, picked, transform)
+      decode = _decode_by_seeking
+      if reader.stream.codec_context.name == 'mjpeg':
+        decode = _decode_jpegs
+      frames = decode(reader, timetable, picked, transform)
       if frames is not None:
         return np.stack([frames[index] for index in picked])
   if callable(indices) and picked is None:
@@ -258,6 +287,36 @@ def encode_mp4(
   return file.getvalue()
 
 
+def mux_jpegs(
+  jpegs: Iterable[bytes], *, fps: float, height: int, width: int
+) -> bytes:
+  """JPEG files as the frames of an MP4 file, unchanged.
+
+  Each frame can be entered by itself, and decodes to what its file does.
+
+  Args:
+    jpegs: the content of the files, in order.
+    fps: frames per second, as the file will say.
+    height: of the frames, in pixels.
+    width: of the frames, in pixels.
+  """
+  rate = fractions.Fraction(fps).limit_denominator(1001)
+  file = io.BytesIO()
+  with av.open(file, 'w', format='mp4') as container:
+    stream = container.add_mux_stream(
+      'mjpeg', rate=rate, width=width, height=height
+    )
+    for index, jpeg in enumerate(jpegs):
+      packet = av.Packet(jpeg)
+      packet.stream = stream
+      packet.time_base = 1 / rate
+      packet.pts = packet.dts = index
+      packet.duration = 1
+      packet.is_keyframe = True
+      container.mux(packet)
+  return file.getvalue()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Timetable:
   """When each frame is shown, in the stream's time base.
@@ -284,12 +343,14 @@ class _Reader:
   Attributes:
     container: what packets are read from, moving on as they are.
     stream: the video stream in it.
+    size: height and width of its frames before they are turned.
     is_whole: False when the file is shorter than its format says.
     path: of the file; empty where only its content is known.
   """
 
   container: av.container.InputContainer
   stream: av.video.stream.VideoStream
+  size: tuple[int, int]
   is_whole: bool
   path: str
 
@@ -306,19 +367,48 @@ class _Reader:
     rate = float(self.stream.average_rate or self.stream.guessed_rate or 0)
     return rate if 0.0 < rate <= _MAX_FPS else _DEFAULT_FPS
 
+  def shown_size(self, frame: av.VideoFrame) -> tuple[int, int]:
+    """Height and width of what `rgb` makes of the frame."""
+    height, width = self.size
+    return (width, height) if _quarter_turns(frame) % 2 else (height, width)
+
   def rgb(self, frame: av.VideoFrame) -> Frame:
+    height, width = self.size
     try:
       # Without threads=1 the conversion starts threads, and is slower.
-      return frame.to_ndarray(format='rgb24', threads=1)
+      rgb = frame.to_ndarray(
+        format='rgb24', height=height, width=width, threads=1
+      )
     except _FAILURES as error:
       raise VideoError(
         f'cannot be converted to RGB: {_reason(error)}', self.path
       ) from error
+    turns = _quarter_turns(frame)
+    return np.ascontiguousarray(np.rot90(rgb, turns)) if turns else rgb
+
+  def part(
+    self, frames: Iterator[av.VideoFrame], start: float, end: float
+  ) -> Iterator[av.VideoFrame]:
+    """Those of the frames that are shown from `start` on and before `end`."""
+    first = None
+    # These go back to a keyframe at or before the time; others may not, nor
+    # tell when their first frame is shown.
+    if {'mp4', 'matroska'} & set(self.container.format.name.split(',')):
+      first = (self.stream.start_time or 0) * float(self.stream.time_base or 0)
+      with contextlib.suppress(*_FAILURES):
+        self.container.seek(round((first + start) * av.time_base))
+    for frame in frames:
+      if frame.time is None:
+        raise VideoError('does not say when its frames are shown', self.path)
+      first = frame.time if first is None else first
+      if frame.time - first >= end:
+        return
+      if frame.time - first >= start:
+        yield frame
 
   def frames(self) -> Iterator[av.VideoFrame]:
     """The frames from the container's position to its end."""
     count = 0
-    size = None
     is_cut = False
     packets = self.container.demux(self.stream)
     while True:
@@ -335,13 +425,6 @@ class _Reader:
       if packet.size:
         is_cut = packet.is_corrupt  # In the end, that of the last packet.
       for frame in decoded:
-        size = size or (frame.width, frame.height)
-        if (frame.width, frame.height) != size:
-          raise VideoError(
-            f'changes from {size[0]}x{size[1]} to'
-            f' {frame.width}x{frame.height} pixels after {count} frames',
-            self.path,
-          )
         yield frame
         count += 1
     # An AVI file that only lost the index at its end has all of its frames.
@@ -455,7 +538,13 @@ def _open(video: Source) -> Iterator[_Reader]:
     context.thread_count = 1
     # For sizes that change on the way.
     context.options = {'max_pixels': str(MAX_PIXELS)}
-    yield _Reader(container, stream, is_whole, path)
+    size = (context.height, context.width)
+    yield _Reader(container, stream, size, is_whole, path)
+
+
+def _quarter_turns(frame: av.VideoFrame) -> int:
+  """How often a frame is turned left by 90 degrees to be shown."""
+  return round(frame.rotation / 90) % 4
 
 
 def _checked(indices: Indices) -> list[int]:
@@ -563,3 +652,34 @@ def _decode_by_seeking(
     if left:
       return None
   return frames
+
+
+def _decode_jpegs(
+  reader: _Reader,
+  timetable: _Timetable,
+  wanted: list[int],
+  transform: Callable[[Frame], Frame] | None,
+) -> dict[int, Frame] | None:
+  """The wanted frames of a file of which each packet is a JPEG file.
+
+  Returns None where it is not so.
+  """
+  times = {timetable.times[index]: index for index in wanted}
+  frames: dict[int, Frame] = {}
+  try:
+    reader.container.seek(min(times), stream=reader.stream)
+    for packet in reader.container.demux(reader.stream):
+      index = None if packet.pts is None else times.get(packet.pts)
+      if index is None:
+        continue
+      # The decoder of those who read folders of JPEG files.
+      bgr = cv2.imdecode(np.frombuffer(packet, np.uint8), cv2.IMREAD_COLOR)
+      if bgr is None or bgr.shape[:2] != reader.size:
+        return None
+      rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
+      frames[index] = rgb if transform is None else transform(rgb)
+      if len(frames) == len(times):
+        return frames
+  except (*_FAILURES, cv2.error):
+    return None
+  return None
