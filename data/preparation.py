@@ -296,8 +296,9 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       An iterator, or a Beam transform where Beam's options are given.
     """
     for video, kept in stored:
-      labels = video.label if isinstance(video.label, tuple) else (video.label,)
-      self._add(split, video.video_id, labels, kept.sha256, kept.num_bytes)
+      self._add(
+        split, video.video_id, video.labels, kept.sha256, kept.num_bytes
+      )
     folder = os.fspath(self._videos_folder)
     videos = [video for video, _ in stored]
     if not any(self._beam.values()):
@@ -384,6 +385,11 @@ class Listed:
   seconds: tuple[float, float] | None = None
   video_id: str = ''
 
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of its classes, one or several."""
+    return (self.label,) if isinstance(self.label, str) else self.label
+
 
 class AnnotatedBuilder(ReportingBuilder, skip_registration=True):
   """Stores the videos that annotation files name, those of them that are there.
@@ -420,8 +426,7 @@ class AnnotatedBuilder(ReportingBuilder, skip_registration=True):
     self.label.names = list(class_names)
     known = set(class_names)
     for video in listed:
-      labels = video.label if isinstance(video.label, tuple) else (video.label,)
-      for label in labels:
+      for label in video.labels:
         if label not in known:
           raise errors.UserError(
             f'{folder}: {video.name} is of the class {label!r}, which is not'
@@ -463,9 +468,7 @@ class AnnotatedBuilder(ReportingBuilder, skip_registration=True):
           label
           for video in missing
           if video.split == split
-          for label in (
-            video.label if isinstance(video.label, tuple) else (video.label,)
-          )
+          for label in video.labels
         )
         for split in dict.fromkeys(video.split for video in missing)
       },

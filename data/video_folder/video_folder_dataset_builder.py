@@ -119,7 +119,7 @@ class Found:
   @property
   def class_names(self) -> list[str]:
     """Sorted; a folder of videos is a class even if none of them is good."""
-    return sorted({video.label for video in self.videos})
+    return sorted({video.labels[0] for video in self.videos})
 
 
 def find_videos(root: pathlib.Path) -> Found:
@@ -216,7 +216,7 @@ def choose_splits(stored: Stored, share: float) -> Stored:
   """
   classes = collections.defaultdict(list)
   for video, _ in stored:
-    classes[video.label].append(video.video_id)
+    classes[video.labels[0]].append(video.video_id)
   held_out = set()
   for names in classes.values():
     number = max(1, round(share * len(names))) if share else 0
@@ -236,7 +236,7 @@ def choose_splits(stored: Stored, share: float) -> Stored:
 
 def _missing(found: Found, stored: Stored) -> list[str]:
   """A line for each class that a split has no video of."""
-  there = {(video.split, video.label) for video, _ in stored}
+  there = {(video.split, video.labels[0]) for video, _ in stored}
   splits = {video.split for video in found.videos} - {''}
   notes = []
   for name in found.class_names:

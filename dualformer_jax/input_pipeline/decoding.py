@@ -673,7 +673,8 @@ def _decode_jpegs(
       if index is None:
         continue
       # The decoder of those who read folders of JPEG files.
-      bgr = cv2.imdecode(np.frombuffer(packet, np.uint8), cv2.IMREAD_COLOR)
+      content = np.frombuffer(bytes(packet), np.uint8)
+      bgr = cv2.imdecode(content, cv2.IMREAD_COLOR)
       if bgr is None or bgr.shape[:2] != reader.size:
         return None
       rgb = cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)

@@ -93,6 +93,11 @@ class Video:
   seconds: tuple[float, float] | None = None
   fps: float = 25.0
 
+  @property
+  def labels(self) -> tuple[str, ...]:
+    """The names of its classes, one or several."""
+    return (self.label,) if isinstance(self.label, str) else self.label
+
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
