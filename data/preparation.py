@@ -349,8 +349,7 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       for label in entry.labels:
         split['classes'][class_names[label]] += 1
       copies[entry.sha256].append(entry)
-      labels = entry.labels if len(entry.labels) > 1 else entry.labels[0]
-      line = [entry.split, entry.video_id, labels, entry.sha256]
+      line = [entry.split, entry.video_id, entry.labels, entry.sha256]
       content.update(json.dumps(line).encode() + b'\n')
     return {
       'dataset': self.info.full_name,
