@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import pathlib
@@ -14,6 +15,7 @@ import pytest
 
 from dualformer_jax.input_pipeline import decoding, records
 from motion import motion_dataset_builder as motion
+import preparation
 from tests import tfds_command
 
 NAMES = (
@@ -53,6 +55,16 @@ def test_the_same_random_numbers_give_the_same_clip():
   again = motion.render(4, np.random.default_rng(5))
   np.testing.assert_array_equal(clip, again)
   assert (clip != motion.render(4, np.random.default_rng(6))).mean() > 0.5
+
+
+def test_a_clip_is_encoded_to_the_same_bytes_in_any_thread():
+  clips = [motion.film(scene, 6) for scene in scenes(100)]
+  # Of these sizes x264's macroblock tree gives several kinds of bytes.
+  clips = [np.repeat(np.repeat(clip, 3, 1), 2, 2) for clip in clips]
+  encode = functools.partial(decoding.encode_mp4, fps=16)
+  first = list(preparation.in_threads(encode, clips))
+  for _ in range(4):
+    assert list(preparation.in_threads(encode, clips)) == first
 
 
 def _single_frame_features(frames: np.ndarray) -> np.ndarray:
