@@ -448,6 +448,9 @@ class _Reader:
       return None
     if self.stream.codec_context.name not in _ONE_FRAME_A_PACKET:
       return None
+    indexed = self._indexed_timetable()
+    if indexed is not None:
+      return indexed
     times, keyframes = [], []
     is_cut = False
     packets = self.container.demux(self.stream)
@@ -478,6 +481,29 @@ class _Reader:
     if len(place) != len(times) or not starts or starts[0] != 0:
       return None
     return _Timetable(times, starts)
+
+  def _indexed_timetable(self) -> _Timetable | None:
+    """The same from the file's index alone, in a tenth of the time.
+
+    None unless frames are shown in the order they are stored in: the index has
+    the times of decoding.
+    """
+    context = self.stream.codec_context
+    if context.name not in ('h264', 'mjpeg') or context.has_b_frames:
+      return None
+    entries = list(self.stream.index_entries)
+    times = [entry.timestamp for entry in entries]
+    keyframes = [i for i, entry in enumerate(entries) if entry.is_keyframe]
+    if (
+      not self.is_whole
+      or not 0 < self.stream.frames == len(entries)
+      or times[0] != self.stream.start_time
+      or any(entry.is_discard for entry in entries)
+      or any(b <= a for a, b in itertools.pairwise(times))
+      or keyframes[:1] != [0]
+    ):
+      return None
+    return _Timetable(times, keyframes)
 
 
 @contextlib.contextmanager
