@@ -10,6 +10,7 @@ import pathlib
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -321,21 +322,46 @@ def test_a_shard_of_another_dataset_is_told(copied):
     assert 'records, and dataset_info.json says' in error_of(folder)
 
 
+def record_starts(path: pathlib.Path) -> list[int]:
+  """Where each record starts, by the lengths that stand before them."""
+  content = path.read_bytes()
+  starts = [0]
+  while starts[-1] < len(content):
+    (length,) = struct.unpack_from('<Q', content, starts[-1])
+    starts.append(starts[-1] + 12 + length + 4)
+  return starts[:-1]
+
+
 def test_a_damaged_record_is_an_error_of_that_record_only(copied):
   folder = copied()
   path = folder / 'levels-train.tfrecord-00000-of-00003'
   first = read_all(folder.parents[1], 'levels', 'train')[1:]
   flip(path, 700)
   dataset = records.PreparedDataset('levels', 'train', str(folder.parents[1]))
-  with pytest.raises(records.RecordError, match="record 0 of split 'train'"):
+  with pytest.raises(records.RecordError) as caught:
     dataset[0]
+  assert "record 0 of split 'train'" in str(caught.value)
+  assert f'{path}, at byte 0' in str(caught.value)
   assert [dataset[index] for index in range(1, 11)] == first
 
 
-def test_a_damaged_length_is_told(copied):
+@pytest.mark.parametrize('place', [1, 9, 'second', 'last'])
+def test_a_damaged_length_is_an_error_of_that_record_only(copied, place):
   folder = copied()
-  flip(folder / 'levels-train.tfrecord-00000-of-00003', 1)
-  assert 'the checksum of its length is wrong' in error_of(folder)
+  path = folder / 'levels-train.tfrecord-00000-of-00003'
+  starts = record_starts(path)
+  number = {'second': 1, 'last': len(starts) - 1}.get(place, 0)
+  whole = read_all(folder.parents[1], 'levels', 'train')
+  for index in folder.glob('*.index.npz'):
+    index.unlink()
+  flip(path, starts[number] + (place if isinstance(place, int) else 2))
+  dataset = records.PreparedDataset('levels', 'train', str(folder.parents[1]))
+  with pytest.raises(records.RecordError) as caught:
+    dataset[number]
+  assert f'{path}, at byte {starts[number]})' in str(caught.value)
+  assert 'checksum of its length' in str(caught.value)
+  for index in set(range(11)) - {number}:
+    assert dataset[index] == whole[index]
 
 
 def test_a_damaged_array_record_is_an_error_of_the_record(copied):
@@ -349,6 +375,7 @@ def test_a_damaged_array_record_is_an_error_of_the_record(copied):
       dataset[index]
     except records.RecordError as error:
       assert '\n' not in str(error)
+      assert f'{path}, record ' in str(error)
       failed += 1
   assert failed == 1
 

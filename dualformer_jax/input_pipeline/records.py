@@ -7,6 +7,7 @@ record headers and kept beside the files.
 
 from __future__ import annotations
 
+import bisect
 from concurrent import futures
 import contextlib
 import dataclasses
@@ -20,7 +21,7 @@ import pathlib
 import re
 import struct
 import tempfile
-from typing import Any, Protocol, SupportsIndex
+from typing import Any, BinaryIO, Protocol, SupportsIndex
 import zipfile
 
 from array_record.python import array_record_data_source
@@ -180,8 +181,8 @@ class PreparedDataset:
     except _READ_FAILURES as error:
       reason = ' '.join(str(error).split()) or type(error).__name__
       raise RecordError(
-        f'record {place} of split {self.split!r} in {self.folder} cannot be'
-        f' read: {reason}'
+        f'record {place} of split {self.split!r} cannot be read'
+        f' ({self._records.where(place)}): {reason}'
       ) from error
 
   def _parse(self, record: bytes) -> Example:
@@ -306,6 +307,10 @@ class _Records(Protocol):
 
   def read(self, index: int) -> bytes: ...
 
+  def where(self, index: int) -> str:
+    """The file of a record and its place in it, to be read by people."""
+    ...
+
 
 class _ArrayRecords:
   """ArrayRecord files, which have an index of their own."""
@@ -316,6 +321,8 @@ class _ArrayRecords:
       for path, length, count in zip(paths, lengths, found, strict=True):
         _check_count(path, count, length)
     self._source = array_record_data_source.ArrayRecordDataSource(paths)
+    self._paths = paths
+    self._firsts = [0, *itertools.accumulate(lengths)]
 
   def _count(self, path: str) -> int:
     with _unreadable_shard(path):
@@ -325,6 +332,10 @@ class _ArrayRecords:
 
   def read(self, index: int) -> bytes:
     return self._source[index]
+
+  def where(self, index: int) -> str:
+    shard = bisect.bisect_right(self._firsts, index) - 1
+    return f'{self._paths[shard]}, record {index - self._firsts[shard]}'
 
 
 class _TFRecords:
@@ -355,12 +366,21 @@ class _TFRecords:
       _save_index(index_path, state, starts)
     self.starts = starts
 
-  def read(self, index: int) -> bytes:
-    shard = int(np.searchsorted(self._firsts, index, side='right')) - 1
+  def _place(self, index: int) -> tuple[str, int, int]:
+    """The file of a record, and where it starts and ends in it."""
+    shard = bisect.bisect_right(self._firsts, index) - 1
     # Each shard before this one has one more entry than records: its end.
     start, end = map(int, self.starts[index + shard : index + shard + 2])
+    return self.paths[shard], start, end
+
+  def where(self, index: int) -> str:
+    path, start, _ = self._place(index)
+    return f'{path}, at byte {start}'
+
+  def read(self, index: int) -> bytes:
+    path, start, end = self._place(index)
     # Opened for each record: thousands of shards may not all stay open.
-    with open(self.paths[shard], 'rb', buffering=0) as file:
+    with open(path, 'rb', buffering=0) as file:
       file.seek(start)
       data = b''
       while len(data) < end - start:
@@ -400,11 +420,32 @@ def _scan(path: str) -> Int64[np.ndarray, ' n']:
       header = file.read(_HEADER.size)
       if len(header) < _HEADER.size:
         raise ValueError(f'ends within record {len(starts) - 1}')
-      end = starts[-1] + len(header) + _parse_header(header) + _FOOTER.size
+      try:
+        length = _parse_header(header)
+      except ValueError:
+        # The next record tells where this one, which is damaged, ends.
+        end = _next_header(file, starts[-1] + _HEADER.size, size)
+      else:
+        end = starts[-1] + len(header) + length + _FOOTER.size
       if end > size:
         raise ValueError(f'ends within record {len(starts) - 1}')
       starts.append(end)
   return np.array(starts, np.int64)
+
+
+def _next_header(file: BinaryIO, start: int, size: int) -> int:
+  """Where the next record of a file begins after `start`; else its end."""
+  file.seek(start)
+  rest = file.read(size - start)
+  for place in range(_FOOTER.size, len(rest) - _HEADER.size):
+    length, crc = _HEADER.unpack_from(rest, place)
+    if length <= len(
+      rest
+    ) - place - _HEADER.size - _FOOTER.size and crc == _masked_crc(
+      rest[place : place + 8]
+    ):
+      return start + place
+  return size
 
 
 @contextlib.contextmanager
