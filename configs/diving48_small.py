@@ -29,6 +29,8 @@ def get_config() -> config_dict.ConfigDict:
   config.model.num_classes = 48
   config.model.drop_path_rate = 0.2
   config.dataset.name = 'diving48'
+  config.dataset.validation_split = 'test'
+  config.dataset.test_split = 'test'
   config.dataset.frame_interval = 4
   config.dataset.pixel_mean = (104.0, 117.0, 128.0)
   config.dataset.pixel_std = (1.0, 1.0, 1.0)

@@ -132,6 +132,8 @@ def test_recipe_has_the_published_values(row):
 
   family = name.split('_')[0]
   assert dataset['name'] == DATASETS[family]
+  others = 'validation' if family in ('k400', 'k600') else 'test'
+  assert dataset['validation_split'] == dataset['test_split'] == others
   assert (dataset['pixel_mean'], dataset['pixel_std']) == PIXELS[pixels]
   assert dataset['train_short_side'] == 256
   assert dataset['sampling'] == 'dense'
