@@ -7,7 +7,14 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import (
+  Callable,
+  Collection,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 import concurrent.futures
 import contextlib
 import csv
@@ -376,6 +383,9 @@ class Listed:
     split: the name of its split.
     seconds: from when on and until when it is wanted; None for all of it.
     video_id: if the name does not tell it from others.
+    in_folder: whether its folder must be the one in the name, as files of other
+      folders have the same name.
+    other_name: what the file may be called instead.
   """
 
   name: str
@@ -383,6 +393,8 @@ class Listed:
   split: str
   seconds: tuple[float, float] | None = None
   video_id: str = ''
+  in_folder: bool = False
+  other_name: str = ''
 
   @property
   def labels(self) -> tuple[str, ...]:
@@ -396,10 +408,23 @@ class AnnotatedBuilder(ReportingBuilder, skip_registration=True):
   A definition says what the files say (`read_annotations`), and no more.
 
   Attributes:
+    MULTI_LABEL: whether a video may have several labels.
     FRAME_RATE: of videos that are published as folders of frames.
   """
 
+  MANUAL_DOWNLOAD_INSTRUCTIONS = (
+    'The videos and the annotation files as they are published; the README.md'
+    ' beside the definition says how they must lie.'
+  )
+  CONFIGS = storage_configs()
+  BUILDER_CONFIGS = [CONFIGS['reencoded']]
+  MULTI_LABEL = False
   FRAME_RATE = 25.0
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    return self.dataset_info_from_configs(
+      features=features(multi_label=self.MULTI_LABEL)
+    )
 
   def read_annotations(
     self, folder: pathlib.Path
@@ -508,15 +533,18 @@ def manual_folder(
 
 
 def find_one(folder: pathlib.Path, *names: str) -> pathlib.Path:
-  """The annotation file of one of these names, in `folder` or just below.
+  """The annotation file of one of these names, in `folder` or below it.
+
+  At most two folders deep; the names may be patterns.
 
   Raises:
     UserError: there is none.
   """
-  for name in names:
-    for path in (folder / name, *sorted(folder.glob(f'*/{name}'))):
-      if path.is_file():
-        return path
+  for below in ('', '*/', '*/*/'):
+    for name in names:
+      for path in sorted(folder.glob(below + name)):
+        if path.is_file():
+          return path
   raise errors.UserError(
     f'{folder}: the annotation file {" or ".join(names)} is not there'
   )
@@ -544,6 +572,24 @@ def read_csv(path: pathlib.Path, **options: Any) -> list[list[str]]:
     return [row for row in csv.reader(text.splitlines(), **options) if row]
 
 
+def read_table(path: pathlib.Path, *columns: str) -> list[list[str]]:
+  """The named columns of a CSV file that begins with their names.
+
+  Raises:
+    UserError: the file cannot be read, or is malformed.
+  """
+  header, *rows = read_csv(path) or [[]]
+  with malformed(path):
+    names = [name.strip() for name in header]
+    if missing := [column for column in columns if column not in names]:
+      raise ValueError(f'has no column {missing[0]!r}, only {names}')
+    places = [names.index(column) for column in columns]
+    for row in rows:
+      if len(row) <= max(places):
+        raise ValueError(f'the line {",".join(row)!r} has too few columns')
+    return [[row[place].strip() for place in places] for row in rows]
+
+
 def read_json(path: pathlib.Path) -> Any:
   """The content of a JSON file.
 
@@ -563,11 +609,50 @@ def read_labels(beside: str) -> list[str]:
   return read_lines(pathlib.Path(beside).with_name('labels.txt'))
 
 
+def in_order(numbers: Mapping[str, int], first: int = 0) -> list[str]:
+  """Class names by their numbers, which count from `first` on.
+
+  Raises:
+    ValueError: a number is missing.
+  """
+  names = sorted(numbers, key=numbers.__getitem__)
+  expected = list(range(first, first + len(names)))
+  if [numbers[name] for name in names] != expected:
+    raise ValueError(f'the classes are not numbered {first}, {first + 1}, ...')
+  return names
+
+
+def known(label: str, classes: Collection[str]) -> str:
+  """The label, if there is such a class.
+
+  Raises:
+    ValueError: there is not.
+  """
+  if label not in classes:
+    raise ValueError(f'{label!r} is not one of the {len(classes)} classes')
+  return label
+
+
+def numbered(number: int | str, class_names: Sequence[str]) -> str:
+  """The name of the class of this number, from 0 on.
+
+  Raises:
+    ValueError: there is none.
+  """
+  if not 0 <= int(number) < len(class_names):
+    raise ValueError(
+      f'{number!r} is not the number of a class: 0 to {len(class_names) - 1}'
+    )
+  return class_names[int(number)]
+
+
 @contextlib.contextmanager
 def malformed(path: pathlib.Path) -> Iterator[None]:
   """Turns what an annotation file that is wrong leads to into a UserError."""
   try:
     yield
+  except errors.UserError:  # Says it already.
+    raise
   except (
     OSError,
     ValueError,
@@ -591,9 +676,15 @@ def without_extension(name: str) -> str:
 def find_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
   """All videos below a folder by their name, without extension.
 
-  A folder that holds pictures but no videos is a video: of frames.
+  And by FOLDER/NAME, too. A folder that holds pictures but no videos is a
+  video: of frames.
   """
   found: dict[str, list[pathlib.Path]] = collections.defaultdict(list)
+
+  def add(name: str, path: pathlib.Path) -> None:
+    found[name].append(path)
+    found[f'{path.parent.name}/{name}'].append(path)
+
   seen = set()
   for top, folders, files in os.walk(folder, followlinks=True):
     status = os.stat(top)
@@ -604,14 +695,14 @@ def find_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     folders.sort()
     videos = [f for f in files if os.path.splitext(f)[1].lower() in VIDEO_FILES]
     for name in sorted(videos):
-      found[without_extension(name)].append(pathlib.Path(top, name))
+      add(without_extension(name), pathlib.Path(top, name))
     # A folder with a video's name is broken, and must not be lost sight of.
     for name in folders:
       if os.path.splitext(name)[1].lower() in VIDEO_FILES:
-        found[without_extension(name)].append(pathlib.Path(top, name))
+        add(without_extension(name), pathlib.Path(top, name))
     pictures = any(f.lower().endswith(_FRAME_FILES) for f in files)
     if pictures and not videos and pathlib.Path(top) != folder:
-      found[os.path.basename(top)].append(pathlib.Path(top))
+      add(os.path.basename(top), pathlib.Path(top))
       folders.clear()
   return found
 
@@ -621,7 +712,8 @@ def _match(
 ) -> pathlib.Path | None:
   """The file of a listed video; that in the right folders, if several."""
   parts = pathlib.PurePosixPath(video.name).parts
-  candidates = paths.get(parts[-1], []) if parts else []
+  name = '/'.join(parts[-2:] if video.in_folder else parts[-1:])
+  candidates = paths.get(name) or paths.get(video.other_name, [])
 
   def agreement(path: pathlib.Path) -> int:
     folders = path.parts[-2::-1]

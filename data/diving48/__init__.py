@@ -1,0 +1,1 @@
+"""Diving48: 48 kinds of dives."""

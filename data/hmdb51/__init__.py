@@ -1,0 +1,1 @@
+"""HMDB51: 51 human actions, three splits."""

@@ -1,0 +1,60 @@
+"""HMDB51: 51 human actions, three splits.
+
+  tfds build data/hmdb51 --manual_dir=VIDEOS --data_dir=OUT --config=split1
+
+A class has a file for each split; classes are numbered by their sorted names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+
+import tensorflow_datasets as tfds
+
+import preparation
+
+_SPLITS = {'1': 'train', '2': 'test'}  # Videos with a 0 are in neither.
+
+
+@dataclasses.dataclass(eq=False)
+class SplitConfig(preparation.StorageConfig):
+  """How the videos are stored, and which of the three splits it is."""
+
+  split: int = 1
+
+
+class Builder(preparation.AnnotatedBuilder):
+  """Stores the videos of HMDB51, split as one of the three sets says."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {'1.0.0': 'First.'}
+  CONFIGS = preparation.storage_configs(
+    SplitConfig, split1={'split': 1}, split2={'split': 2}, split3={'split': 3}
+  )
+  BUILDER_CONFIGS = [CONFIGS['split1']]
+
+  def read_annotations(
+    self, folder: pathlib.Path
+  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+    """See the base class."""
+    config = self.builder_config
+    assert isinstance(config, SplitConfig)
+    ending = f'_test_split{config.split}.txt'
+    first = preparation.find_one(folder, f'*{ending}')
+    # Not in the order of the files: kick_ball_test precedes kick_test.
+    paths = {
+      path.name.removesuffix(ending): path
+      for path in first.parent.glob(f'*{ending}')
+    }
+    class_names = sorted(paths)
+    listed = []
+    for label in class_names:
+      with preparation.malformed(paths[label]):
+        for line in preparation.read_lines(paths[label]):
+          file, number = line.rsplit(maxsplit=1)
+          if number != '0':
+            name = f'{label}/{preparation.without_extension(file)}'
+            listed.append(preparation.Listed(name, label, _SPLITS[number]))
+    return class_names, listed

@@ -1,0 +1,1 @@
+"""Jester: 27 gestures in front of a webcam."""

@@ -1,0 +1,1 @@
+"""Kinetics-400: ten seconds of YouTube videos, 400 human actions."""

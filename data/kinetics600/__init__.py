@@ -1,0 +1,1 @@
+"""Kinetics-600: ten seconds of YouTube videos, 600 human actions."""

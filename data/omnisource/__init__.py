@@ -1,0 +1,1 @@
+"""OmniSource: 200 classes of Kinetics, with videos of three sources."""

@@ -1,0 +1,1 @@
+"""Something-Something V1: 174 things done with objects."""

@@ -1,0 +1,1 @@
+"""Something-Something V2: 174 things done with objects."""

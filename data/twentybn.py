@@ -1,0 +1,33 @@
+"""The annotation files of Something-Something V1 and Jester: alike."""
+
+from __future__ import annotations
+
+import pathlib
+
+import preparation
+
+FRAME_RATE = 12.0  # Both are published as folders of frames.
+
+
+def read(
+  folder: pathlib.Path, prefix: str
+) -> tuple[list[str], list[preparation.Listed]]:
+  """The classes of PREFIX-labels.csv and the videos of the other two files.
+
+  Raises:
+    UserError: a file is missing or malformed.
+  """
+  class_names = preparation.read_lines(
+    preparation.find_one(folder, f'{prefix}-labels.csv')
+  )
+  classes = set(class_names)
+  listed = []
+  for split in ('train', 'validation'):
+    path = preparation.find_one(folder, f'{prefix}-{split}.csv')
+    with preparation.malformed(path):
+      for line in preparation.read_lines(path):
+        # Not a CSV reader: quotes in a label are part of it.
+        name, _, label = line.partition(';')
+        label = preparation.known(label.strip(), classes)
+        listed.append(preparation.Listed(name, label, split))
+  return class_names, listed

@@ -1,0 +1,1 @@
+"""UCF101: 101 human actions, three splits."""

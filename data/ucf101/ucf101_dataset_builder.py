@@ -1,0 +1,56 @@
+"""UCF101: 101 human actions, three splits.
+
+  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=OUT --config=split1
+
+Classes are numbered as classInd.txt says, from 0 instead of 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+import pathlib
+
+import tensorflow_datasets as tfds
+
+import preparation
+
+
+@dataclasses.dataclass(eq=False)
+class SplitConfig(preparation.StorageConfig):
+  """How the videos are stored, and which of the three splits it is."""
+
+  split: int = 1
+
+
+class Builder(preparation.AnnotatedBuilder):
+  """Stores the videos of UCF101, split as one of the three lists says."""
+
+  VERSION = tfds.core.Version('1.0.0')
+  RELEASE_NOTES = {'1.0.0': 'First.'}
+  CONFIGS = preparation.storage_configs(
+    SplitConfig, split1={'split': 1}, split2={'split': 2}, split3={'split': 3}
+  )
+  BUILDER_CONFIGS = [CONFIGS['split1']]
+
+  def read_annotations(
+    self, folder: pathlib.Path
+  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+    """See the base class."""
+    config = self.builder_config
+    assert isinstance(config, SplitConfig)
+    path = preparation.find_one(folder, 'classInd.txt')
+    with preparation.malformed(path):
+      lines = [line.split() for line in preparation.read_lines(path)]
+      numbers = {name: int(number) for number, name in lines}
+      class_names = preparation.in_order(numbers, first=1)
+    listed = []
+    for split in ('train', 'test'):
+      path = preparation.find_one(folder, f'{split}list{config.split:02d}.txt')
+      with preparation.malformed(path):
+        for line in preparation.read_lines(path):
+          file, *_ = line.split()  # In the training lists a number follows.
+          label = preparation.known(pathlib.PurePath(file).parent.name, numbers)
+          name = preparation.without_extension(file)
+          listed.append(preparation.Listed(name, label, split))
+    return class_names, listed
