@@ -9,6 +9,7 @@ from typing import Any
 import wave
 
 import av
+import cv2
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
@@ -325,6 +326,23 @@ def test_names_that_are_not_text_are_written_as_such(tmp_path):
   report, builder = build(tmp_path / 'videos', tmp_path / 'out')
   assert list(stored(builder.data_path, 'train')) == ['a/\\xff.mp4']
   assert report['good'] == 1
+
+
+def test_a_folder_of_frames_is_a_video(tmp_path):
+  for number in range(3):
+    folder = tmp_path / 'videos' / 'waving' / f'{number}'
+    folder.mkdir(parents=True)
+    for index, frame in enumerate(clip(number, frames=4)):
+      cv2.imwrite(os.fspath(folder / f'img_{index + 1:05d}.jpg'), frame)
+  (tmp_path / 'videos' / 'waving' / 'not one.mp4').mkdir()
+  report, builder = build(tmp_path / 'videos', tmp_path / 'out')
+  examples = stored(builder.data_path, 'train')
+  assert len(examples) == 2
+  for name, example in examples.items():
+    assert name in {f'waving/{number}' for number in range(3)}
+    assert decoding.probe(example.video).num_frames == 4
+  (bad,) = report['undecodable']
+  assert bad['video_id'] == 'waving/not one.mp4'
 
 
 def test_nothing_decodable_is_an_error_that_leaves_nothing(tmp_path):

@@ -141,6 +141,14 @@ def find_videos(root: pathlib.Path) -> Found:
     except OSError as error:
       notes.append(f'folder {_text(folder)!r} cannot be read: {error.strerror}')
       return
+    suffixes = {pathlib.PurePath(name).suffix.lower() for name in names}
+    if (
+      len(folder.parts) > 1
+      and suffixes & preparation.FRAME_FILES
+      and not suffixes & preparation.VIDEO_FILES
+    ):
+      files.append(folder)  # A video as a folder of frames.
+      return
     for path in (folder / name for name in names):
       full = root / path
       if path.name.startswith('.'):
@@ -151,6 +159,9 @@ def find_videos(root: pathlib.Path) -> Found:
           continue
         folders.append(path)
         walk(path, here)
+        # It cannot be a video, and must not be passed over without a word.
+        if path.suffix.lower() in preparation.VIDEO_FILES:
+          files.append(path)
       elif path.suffix.lower() in preparation.VIDEO_FILES:
         files.append(path)
       else:
