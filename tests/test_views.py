@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding, views
+from dualformer_jax.input_pipeline import decoding, records, views
+from tests import tfds_command
 
 FIGURES = sorted((pathlib.Path(__file__).parent / 'reference/views').iterdir())
 # Of each recipe, what to take and the short side before the crop.
@@ -36,6 +37,43 @@ def test_views_of_real_clips_are_those_of_the_reference(clips_dir, path):
   assert np.abs(pixels - figure['pixels']).mean() < 0.5
   means = found.mean((1, 2, 3))
   np.testing.assert_allclose(means, figure['mean'], rtol=1e-5)
+
+
+@pytest.mark.parametrize('file_format', ['tfrecord', 'array_record'])
+def test_views_from_a_verbatim_dataset_are_those_of_the_reference(
+  clips_dir, tmp_path, file_format
+):
+  names = sorted({path.stem.split('.')[0] for path in FIGURES})
+  for name in names:
+    (video,) = clips_dir.glob(f'{name}.*')
+    folder = tmp_path / 'videos' / name
+    folder.mkdir(parents=True)
+    (folder / video.name).symlink_to(video)
+  done = tfds_command.tfds_build(
+    'data/video_folder',
+    f'--manual_dir={tmp_path / "videos"}',
+    f'--data_dir={tmp_path}',
+    '--config=verbatim',
+    f'--file_format={file_format}',
+  )
+  assert done.returncode == 0, done.stderr
+  # Of each class one video, which is for training.
+  dataset = records.PreparedDataset(
+    'video_folder/verbatim', 'train', str(tmp_path)
+  )
+  assert list(dataset.folder.glob(f'*.{file_format}-*'))
+  found = {}
+  for index in range(len(dataset)):
+    found[dataset.class_names[dataset[index].label]] = dataset[index].video
+  assert sorted(found) == names
+  for path in FIGURES:
+    clip, recipe = path.stem.split('.')
+    figure = np.load(path)
+    preprocessing, short_side = RECIPES[recipe]
+    pixels = views.test_views(
+      found[clip], preprocessing, short_side=short_side
+    )[:, ::8, ::16, ::16]
+    assert np.abs(pixels.astype(int) - figure['pixels']).mean() < 0.5
 
 
 def numbered(count: int, height: int, width: int) -> np.ndarray:
