@@ -31,6 +31,8 @@ from typing import Any, TypeVar
 from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core import writer
+from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import auto as tqdm
 
 from dualformer_jax import errors
@@ -46,7 +48,7 @@ VIDEO_FILES = frozenset({
     '.mpeg', '.mpg', '.mts', '.mxf', '.nut', '.ogg', '.ogv', '.qt', '.rm',
     '.rmvb', '.ts', '.vob', '.webm', '.wmv',
 })  # fmt: skip
-_FRAME_FILES = ('.jpg', '.jpeg', '.png')
+FRAME_FILES = frozenset({'.jpg', '.jpeg', '.png'})
 
 _Item = TypeVar('_Item')
 _Result = TypeVar('_Result')
@@ -198,7 +200,7 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _only_here(folder.with_name(f'{folder.name}.lock')):
       version = str(self.version)
-      for left in folder.parent.glob(f'{version}.incomplete*'):
+      for left in folder.parent.glob(f'incomplete.*_{version}'):
         shutil.rmtree(left)
       super().download_and_prepare(**options)
       shutil.rmtree(folder, ignore_errors=True)
@@ -232,6 +234,15 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     _write_text(folder / SUMMARY, summary)
     for line in summary.splitlines():
       logging.info('%s', line)
+
+  def _example_writer(self) -> writer.ExampleWriter:
+    # On Beam's workers this file cannot be imported, nor is it needed: what the
+    # records hold is the same.
+    if any(self._beam.values()):
+      return super()._example_writer()
+    file_format = self.info.file_format
+    assert file_format is not None  # TFDS has set it by now.
+    return _OrderedWriter(file_format)
 
   def store(
     self, videos: Sequence[Video], storage: storing.Storage
@@ -370,6 +381,26 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       ],
       **self.findings,
     }
+
+
+class _OrderedWriter(writer.ExampleWriter):
+  """Writes the features of each record in one order.
+
+  As they come, it differs from run to run.
+  """
+
+  def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> Any:
+    pb2: Any = tf_example_pb2  # Its classes are made when it is imported.
+    return super().write(
+      path,
+      (
+        (
+          key,
+          pb2.Example.FromString(record).SerializeToString(deterministic=True),
+        )
+        for key, record in examples
+      ),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -700,7 +731,9 @@ def find_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     for name in folders:
       if os.path.splitext(name)[1].lower() in VIDEO_FILES:
         add(without_extension(name), pathlib.Path(top, name))
-    pictures = any(f.lower().endswith(_FRAME_FILES) for f in files)
+    pictures = any(
+      os.path.splitext(f)[1].lower() in FRAME_FILES for f in files
+    )
     if pictures and not videos and pathlib.Path(top) != folder:
       add(os.path.basename(top), pathlib.Path(top))
       folders.clear()

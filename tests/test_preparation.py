@@ -222,7 +222,7 @@ def test_every_good_video_is_there_with_its_frames_the_right_way_up(built):
     number, kind = pathlib.Path(name).stem.split(' ', 1)
     count = 8 if kind == 'plain' else ODD[kind][2]
     frames = decoding.decode_all(examples[name].video)
-    assert CLASSES[examples[name].label] == CLASSES[int(number) % 2]
+    assert examples[name].label == int(number) % 2
     assert len(frames) == count, name
     height, width = frames.shape[1:3]
     assert (height, width) == ((30, 46) if kind == 'odd sizes' else (32, 48))
