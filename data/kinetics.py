@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import pathlib
 
 from dualformer_jax import errors
-import preparation
+import published
 
 # What the publisher and its mirrors call the files of a split.
 _SPLITS = {
@@ -18,7 +18,7 @@ _SPLITS = {
 
 def read(
   folder: pathlib.Path, class_names: Sequence[str]
-) -> list[preparation.Listed]:
+) -> list[published.Listed]:
   """The videos that train.csv, val.csv and, if it has labels, test.csv list.
 
   Args:
@@ -38,23 +38,23 @@ def read(
       for word in words
     ]
     try:
-      path = preparation.find_one(folder, *names)
+      path = published.find_one(folder, *names)
     except errors.UserError:
       if split == 'test':
         continue
       raise
     if split == 'test' and 'label' not in ''.join(
-      preparation.read_lines(path)[:1]
+      published.read_lines(path)[:1]
     ):
       continue
-    rows = preparation.read_table(
+    rows = published.read_table(
       path, 'label', 'youtube_id', 'time_start', 'time_end'
     )
-    with preparation.malformed(path):
+    with published.malformed(path):
       for label, youtube_id, start, end in rows:
         name = f'{youtube_id}_{int(float(start)):06d}_{int(float(end)):06d}'
-        label = by_key[preparation.known(key(label), by_key)]
-        listed.append(preparation.Listed(name, label, split))
+        label = by_key[published.known(key(label), by_key)]
+        listed.append(published.Listed(name, label, split))
   return listed
 
 

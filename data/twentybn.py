@@ -4,30 +4,30 @@ from __future__ import annotations
 
 import pathlib
 
-import preparation
+import published
 
 FRAME_RATE = 12.0  # Both are published as folders of frames.
 
 
 def read(
   folder: pathlib.Path, prefix: str
-) -> tuple[list[str], list[preparation.Listed]]:
+) -> tuple[list[str], list[published.Listed]]:
   """The classes of PREFIX-labels.csv and the videos of the other two files.
 
   Raises:
     UserError: a file is missing or malformed.
   """
-  class_names = preparation.read_lines(
-    preparation.find_one(folder, f'{prefix}-labels.csv')
+  class_names = published.read_lines(
+    published.find_one(folder, f'{prefix}-labels.csv')
   )
   classes = set(class_names)
   listed = []
   for split in ('train', 'validation'):
-    path = preparation.find_one(folder, f'{prefix}-{split}.csv')
-    with preparation.malformed(path):
-      for line in preparation.read_lines(path):
+    path = published.find_one(folder, f'{prefix}-{split}.csv')
+    with published.malformed(path):
+      for line in published.read_lines(path):
         # Not a CSV reader: quotes in a label are part of it.
         name, _, label = line.partition(';')
-        label = preparation.known(label.strip(), classes)
-        listed.append(preparation.Listed(name, label, split))
+        label = published.known(label.strip(), classes)
+        listed.append(published.Listed(name, label, split))
   return class_names, listed

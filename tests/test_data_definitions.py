@@ -19,7 +19,7 @@ from tensorflow_datasets.core import dataset_metadata
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import decoding, records
 import kinetics
-import preparation
+import published
 from tests import tfds_command
 
 DATA = tfds_command.REPOSITORY / 'data'
@@ -591,7 +591,7 @@ def write(path: pathlib.Path, content: bytes) -> None:
   path.write_bytes(content)
 
 
-def definition(name: str, out: pathlib.Path) -> preparation.AnnotatedBuilder:
+def definition(name: str, out: pathlib.Path) -> published.AnnotatedBuilder:
   name, _, config = name.partition('/')
   module = importlib.import_module(f'{name}.{name}_dataset_builder')
   return module.Builder(data_dir=out, config=config or None)
@@ -678,7 +678,7 @@ def test_the_test_list_of_kinetics_is_a_split_if_it_has_labels(tmp_path):
   )
   _, listed = definition('kinetics400', tmp_path).read_annotations(folder)
   assert [video for video in listed if video.split == 'test'] == [
-    preparation.Listed('--6q_33gNew_000132_000142', 'zumba', 'test')
+    published.Listed('--6q_33gNew_000132_000142', 'zumba', 'test')
   ]
 
 
@@ -694,7 +694,7 @@ def test_the_long_videos_of_omnisource_need_not_be_cut(tmp_path):
     ('pref_-/-G-5CJ0JkKY', 'arm_wrestling', (20.0, 30.0), 'part_2'),
   ]
   assert listed[:3] == [
-    preparation.Listed(
+    published.Listed(
       name, label, 'train', times, f'{name}/{part}', in_folder=True
     )
     for name, label, times, part in expected

@@ -15,6 +15,7 @@ import pathlib
 import tensorflow_datasets as tfds
 
 import preparation
+import published
 
 _SPLITS = {'training': 'train', 'validation': 'validation'}
 
@@ -34,7 +35,7 @@ def _configs() -> dict[str, preparation.StorageConfig]:
   return configs
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of ActivityNet 1.3."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -44,15 +45,15 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, SegmentsConfig)
-    path = preparation.find_one(folder, 'activity_net.v1-3.min.json')
+    path = published.find_one(folder, 'activity_net.v1-3.min.json')
     classes = set()
     listed = []
-    with preparation.malformed(path):
-      for youtube_id, video in preparation.read_json(path)['database'].items():
+    with published.malformed(path):
+      for youtube_id, video in published.read_json(path)['database'].items():
         name = f'v_{youtube_id}'
         found = video['annotations']  # None for testing.
         classes.update(annotation['label'] for annotation in found)
@@ -61,7 +62,7 @@ class Builder(preparation.AnnotatedBuilder):
         split = _SPLITS[video['subset']]
         for number, annotation in enumerate(found):
           start, end = map(float, annotation['segment'])
-          whole = preparation.Listed(
+          whole = published.Listed(
             name, annotation['label'], split, other_name=youtube_id
           )
           if not config.segments:

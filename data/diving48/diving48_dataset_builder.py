@@ -12,10 +12,10 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-import preparation
+import published
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Diving48, as of version 2 of its annotations."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -23,16 +23,16 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
-    path = preparation.find_one(folder, 'Diving48_vocab.json')
-    with preparation.malformed(path):
-      class_names = ['+'.join(words) for words in preparation.read_json(path)]
+    path = published.find_one(folder, 'Diving48_vocab.json')
+    with published.malformed(path):
+      class_names = ['+'.join(words) for words in published.read_json(path)]
     listed = []
     for split in ('train', 'test'):
-      path = preparation.find_one(folder, f'Diving48_V2_{split}.json')
-      with preparation.malformed(path):
-        for video in preparation.read_json(path):
-          label = preparation.numbered(video['label'], class_names)
-          listed.append(preparation.Listed(video['vid_name'], label, split))
+      path = published.find_one(folder, f'Diving48_V2_{split}.json')
+      with published.malformed(path):
+        for video in published.read_json(path):
+          label = published.numbered(video['label'], class_names)
+          listed.append(published.Listed(video['vid_name'], label, split))
     return class_names, listed

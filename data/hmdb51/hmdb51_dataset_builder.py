@@ -14,6 +14,7 @@ import pathlib
 import tensorflow_datasets as tfds
 
 import preparation
+import published
 
 _SPLITS = {'1': 'train', '2': 'test'}  # Videos with a 0 are in neither.
 
@@ -25,7 +26,7 @@ class SplitConfig(preparation.StorageConfig):
   split: int = 1
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of HMDB51, split as one of the three sets says."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -37,12 +38,12 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, SplitConfig)
     ending = f'_test_split{config.split}.txt'
-    first = preparation.find_one(folder, f'*{ending}')
+    first = published.find_one(folder, f'*{ending}')
     # Not in the order of the files: kick_ball_test precedes kick_test.
     paths = {
       path.name.removesuffix(ending): path
@@ -51,10 +52,10 @@ class Builder(preparation.AnnotatedBuilder):
     class_names = sorted(paths)
     listed = []
     for label in class_names:
-      with preparation.malformed(paths[label]):
-        for line in preparation.read_lines(paths[label]):
+      with published.malformed(paths[label]):
+        for line in published.read_lines(paths[label]):
           file, number = line.rsplit(maxsplit=1)
           if number != '0':
-            name = f'{label}/{preparation.without_extension(file)}'
-            listed.append(preparation.Listed(name, label, _SPLITS[number]))
+            name = f'{label}/{published.without_extension(file)}'
+            listed.append(published.Listed(name, label, _SPLITS[number]))
     return class_names, listed

@@ -15,6 +15,7 @@ import pathlib
 import tensorflow_datasets as tfds
 
 import preparation
+import published
 
 _CATEGORIES = ('action', 'attribute', 'concept', 'event', 'object', 'scene')
 _TAGS = ('HVU_Tags_Categories_V1.0.csv', 'hvu_categories.csv')
@@ -35,7 +36,7 @@ class HvuConfig(preparation.StorageConfig):
   category: str = ''
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of HVU, each with all its tags."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -50,13 +51,13 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, HvuConfig)
-    path = preparation.find_one(folder, *_TAGS)
-    categories = dict(preparation.read_table(path, 'Tag', 'Category'))
-    with preparation.malformed(path):
+    path = published.find_one(folder, *_TAGS)
+    categories = dict(published.read_table(path, 'Tag', 'Category'))
+    with published.malformed(path):
       chosen = (config.category,) if config.category else _CATEGORIES
       class_names = [
         tag
@@ -68,20 +69,20 @@ class Builder(preparation.AnnotatedBuilder):
     wanted = set(class_names)
     listed = []
     for split, names in _FILES.items():
-      path = preparation.find_one(folder, *names)
-      rows = preparation.read_table(
+      path = published.find_one(folder, *names)
+      rows = published.read_table(
         path, 'Tags', 'youtube_id', 'time_start', 'time_end'
       )
-      with preparation.malformed(path):
+      with published.malformed(path):
         for tags, youtube_id, start, end in rows:
           labels = tuple(
             tag
             for tag in dict.fromkeys(tags.split('|'))
-            if preparation.known(tag, categories) in wanted
+            if published.known(tag, categories) in wanted
           )
           # Tenths of a second, cut off as the publisher's downloader does.
           times = (int(float(seconds) * 10) for seconds in (start, end))
           name = '_'.join([youtube_id, *(f'{time:06d}' for time in times)])
           if labels:
-            listed.append(preparation.Listed(name, labels, split))
+            listed.append(published.Listed(name, labels, split))
     return class_names, listed

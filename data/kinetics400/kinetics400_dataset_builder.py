@@ -14,10 +14,10 @@ import pathlib
 import tensorflow_datasets as tfds
 
 import kinetics
-import preparation
+import published
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Kinetics-400."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -25,7 +25,7 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
-    class_names = preparation.read_labels(__file__)
+    class_names = published.read_labels(__file__)
     return class_names, kinetics.read(folder, class_names)

@@ -12,12 +12,12 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-import preparation
+import published
 
 _FILES = {'train': 'trainingSet.csv', 'validation': 'validationSet.csv'}
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Moments in Time."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -25,19 +25,19 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
-    path = preparation.find_one(folder, 'moments_categories.txt')
-    with preparation.malformed(path):
-      rows = preparation.read_csv(path)
+    path = published.find_one(folder, 'moments_categories.txt')
+    with published.malformed(path):
+      rows = published.read_csv(path)
       numbers = {name: int(number) for name, number in rows}
-      class_names = preparation.in_order(numbers)
+      class_names = published.in_order(numbers)
     listed = []
     for split, file in _FILES.items():
-      path = preparation.find_one(folder, file)
-      with preparation.malformed(path):
-        for video, label, *_ in preparation.read_csv(path):
-          name = preparation.without_extension(video)
-          label = preparation.known(label, numbers)
-          listed.append(preparation.Listed(name, label, split, in_folder=True))
+      path = published.find_one(folder, file)
+      with published.malformed(path):
+        for video, label, *_ in published.read_csv(path):
+          name = published.without_extension(video)
+          label = published.known(label, numbers)
+          listed.append(published.Listed(name, label, split, in_folder=True))
     return class_names, listed

@@ -13,12 +13,12 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-import preparation
+import published
 
 _FILES = {'train': 'trainingSet', 'validation': 'validationSet'}
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Multi-Moments in Time, each with all its labels."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -27,21 +27,20 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
-    path = preparation.find_one(folder, 'moments_categories.txt')
-    with preparation.malformed(path):
-      rows = preparation.read_csv(path)
-      class_names = preparation.in_order({n: int(number) for n, number in rows})
+    path = published.find_one(folder, 'moments_categories.txt')
+    with published.malformed(path):
+      rows = published.read_csv(path)
+      class_names = published.in_order({n: int(number) for n, number in rows})
     listed = []
     for split, file in _FILES.items():
-      path = preparation.find_one(folder, f'{file}.csv', f'{file}.txt')
-      with preparation.malformed(path):
-        for video, first, *more in preparation.read_csv(path):
-          name = preparation.without_extension(video)
+      path = published.find_one(folder, f'{file}.csv', f'{file}.txt')
+      with published.malformed(path):
+        for video, first, *more in published.read_csv(path):
+          name = published.without_extension(video)
           labels = tuple(
-            preparation.numbered(number, class_names)
-            for number in (first, *more)
+            published.numbered(number, class_names) for number in (first, *more)
           )
-          listed.append(preparation.Listed(name, labels, split, in_folder=True))
+          listed.append(published.Listed(name, labels, split, in_folder=True))
     return class_names, listed

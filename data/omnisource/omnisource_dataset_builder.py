@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 
 import kinetics
 import preparation
+import published
 
 _RAW = 'slowonly_8x8_kinetics_raw_200'
 _TRAIN = {
@@ -43,7 +44,7 @@ def _configs() -> dict[str, preparation.StorageConfig]:
   return configs
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of a source for training, of Kinetics for validation."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -53,20 +54,20 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, SourceConfig)
-    class_names = preparation.read_lines(
-      preparation.find_one(folder, 'k200_actions.txt')
+    class_names = published.read_lines(
+      published.find_one(folder, 'k200_actions.txt')
     )
     listed = []
     for split, names in {
       'train': _TRAIN[config.source],
       'validation': ('k200_val.txt',),
     }.items():
-      path = preparation.find_one(folder, *names)
-      with preparation.malformed(path):
+      path = published.find_one(folder, *names)
+      with published.malformed(path):
         listed += _read_list(path, folder, class_names, split)
     return class_names, listed
 
@@ -76,28 +77,28 @@ def _read_list(
   folder: pathlib.Path,
   class_names: Sequence[str],
   split: str,
-) -> list[preparation.Listed]:
+) -> list[published.Listed]:
   """The videos of a list, and the positive clips of the long ones."""
   # Long videos are published whole; many cut them as VIDEO/part_0.mp4, ...
   are_cut = any(folder.rglob('part_*.mp4'))
   of_kinetics: dict[str, str] | None = None
   listed = []
   for file, number, clips in _read_rows(path):
-    name = preparation.without_extension(file)
+    name = published.without_extension(file)
     if number is None:
       of_kinetics = of_kinetics or _labels_of_kinetics(folder, class_names)
-      label = of_kinetics[preparation.known(name.split('/')[-1], of_kinetics)]
+      label = of_kinetics[published.known(name.split('/')[-1], of_kinetics)]
     else:
-      label = preparation.numbered(number, class_names)
+      label = published.numbered(number, class_names)
     if clips is None:
-      listed.append(preparation.Listed(name, label, split, in_folder=True))
+      listed.append(published.Listed(name, label, split, in_folder=True))
     for clip in map(int, clips or ()):
       part = f'{name}/part_{clip}'
       times = (clip * _CLIP_SECONDS, (clip + 1) * _CLIP_SECONDS)
       listed.append(
-        preparation.Listed(part, label, split, in_folder=True)
+        published.Listed(part, label, split, in_folder=True)
         if are_cut
-        else preparation.Listed(name, label, split, times, part, in_folder=True)
+        else published.Listed(name, label, split, times, part, in_folder=True)
       )
   return listed
 
@@ -112,10 +113,10 @@ def _read_rows(path: pathlib.Path) -> list[tuple[str, Any, Any]]:
   if path.suffix == '.json':
     return [
       (video['video_dir'], video['label'], video['positive_clip_inds'])
-      for video in preparation.read_json(path)
+      for video in published.read_json(path)
     ]
   rows = []
-  for line in preparation.read_lines(path):
+  for line in published.read_lines(path):
     file, *numbers = line.split()
     clips = numbers[2:] if len(numbers) > 1 else None
     rows.append((file, numbers[0] if numbers else None, clips))
@@ -130,6 +131,6 @@ def _labels_of_kinetics(
   by_key = {kinetics.key(name): name for name in class_names}
   return {
     video.name.rsplit('_', 2)[0]: by_key[key]
-    for video in kinetics.read(folder, preparation.read_lines(labels))
+    for video in kinetics.read(folder, published.read_lines(labels))
     if (key := kinetics.key(video.labels[0])) in by_key
   }

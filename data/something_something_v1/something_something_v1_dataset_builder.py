@@ -12,11 +12,11 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-import preparation
+import published
 import twentybn
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Something-Something V1."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -25,6 +25,6 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     return twentybn.read(folder, 'something-something-v1')

@@ -13,12 +13,12 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-import preparation
+import published
 
 _NAMES = ('something-something-v2-{}.json', '{}.json')
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of Something-Something V2."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -26,24 +26,24 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     path = _find(folder, 'labels')
-    with preparation.malformed(path):
-      labels = preparation.read_json(path)
-      class_names = preparation.in_order(
+    with published.malformed(path):
+      labels = published.read_json(path)
+      class_names = published.in_order(
         {name: int(number) for name, number in labels.items()}
       )
     listed = []
     for split in ('train', 'validation'):
       path = _find(folder, split)
-      with preparation.malformed(path):
-        for video in preparation.read_json(path):
+      with published.malformed(path):
+        for video in published.read_json(path):
           label = video['template'].replace('[', '').replace(']', '')
-          label = preparation.known(label, labels)
-          listed.append(preparation.Listed(str(video['id']), label, split))
+          label = published.known(label, labels)
+          listed.append(published.Listed(str(video['id']), label, split))
     return class_names, listed
 
 
 def _find(folder: pathlib.Path, what: str) -> pathlib.Path:
-  return preparation.find_one(folder, *(name.format(what) for name in _NAMES))
+  return published.find_one(folder, *(name.format(what) for name in _NAMES))

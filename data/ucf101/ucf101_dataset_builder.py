@@ -14,6 +14,7 @@ import pathlib
 import tensorflow_datasets as tfds
 
 import preparation
+import published
 
 
 @dataclasses.dataclass(eq=False)
@@ -23,7 +24,7 @@ class SplitConfig(preparation.StorageConfig):
   split: int = 1
 
 
-class Builder(preparation.AnnotatedBuilder):
+class Builder(published.AnnotatedBuilder):
   """Stores the videos of UCF101, split as one of the three lists says."""
 
   VERSION = tfds.core.Version('1.0.0')
@@ -35,22 +36,22 @@ class Builder(preparation.AnnotatedBuilder):
 
   def read_annotations(
     self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[preparation.Listed]]:
+  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, SplitConfig)
-    path = preparation.find_one(folder, 'classInd.txt')
-    with preparation.malformed(path):
-      lines = [line.split() for line in preparation.read_lines(path)]
+    path = published.find_one(folder, 'classInd.txt')
+    with published.malformed(path):
+      lines = [line.split() for line in published.read_lines(path)]
       numbers = {name: int(number) for number, name in lines}
-      class_names = preparation.in_order(numbers, first=1)
+      class_names = published.in_order(numbers, first=1)
     listed = []
     for split in ('train', 'test'):
-      path = preparation.find_one(folder, f'{split}list{config.split:02d}.txt')
-      with preparation.malformed(path):
-        for line in preparation.read_lines(path):
+      path = published.find_one(folder, f'{split}list{config.split:02d}.txt')
+      with published.malformed(path):
+        for line in published.read_lines(path):
           file, *_ = line.split()  # In the training lists a number follows.
-          label = preparation.known(pathlib.PurePath(file).parent.name, numbers)
-          name = preparation.without_extension(file)
-          listed.append(preparation.Listed(name, label, split))
+          label = published.known(pathlib.PurePath(file).parent.name, numbers)
+          name = published.without_extension(file)
+          listed.append(published.Listed(name, label, split))
     return class_names, listed
