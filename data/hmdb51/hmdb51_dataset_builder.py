@@ -13,6 +13,7 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
+from dualformer_jax import errors
 import preparation
 import published
 
@@ -49,7 +50,13 @@ class Builder(published.AnnotatedBuilder):
       path.name.removesuffix(ending): path
       for path in first.parent.glob(f'*{ending}')
     }
-    class_names = sorted(paths)
+    class_names = published.read_labels(__file__)
+    absent = sorted(set(class_names) - paths.keys())
+    if absent:
+      raise errors.UserError(
+        f'{first.parent}: {absent[0]}{ending} is not there, nor are those of'
+        f' {len(absent) - 1} other classes; unpack the whole archive of splits'
+      )
     listed = []
     for label in class_names:
       with published.malformed(paths[label]):
