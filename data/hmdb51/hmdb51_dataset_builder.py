@@ -54,8 +54,8 @@ class Builder(published.AnnotatedBuilder):
     absent = sorted(set(class_names) - paths.keys())
     if absent:
       raise errors.UserError(
-        f'{first.parent}: {absent[0]}{ending} is not there, nor are those of'
-        f' {len(absent) - 1} other classes; unpack the whole archive of splits'
+        f'{folder}: the annotation file {absent[0]}{ending} is not there,'
+        f' {len(absent)} of 51 are missing; unpack the whole archive of splits'
       )
     listed = []
     for label in class_names:
