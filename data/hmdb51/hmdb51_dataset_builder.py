@@ -13,7 +13,6 @@ import pathlib
 
 import tensorflow_datasets as tfds
 
-from dualformer_jax import errors
 import preparation
 import published
 
@@ -44,23 +43,12 @@ class Builder(published.AnnotatedBuilder):
     config = self.builder_config
     assert isinstance(config, SplitConfig)
     ending = f'_test_split{config.split}.txt'
-    first = published.find_one(folder, f'*{ending}')
-    # Not in the order of the files: kick_ball_test precedes kick_test.
-    paths = {
-      path.name.removesuffix(ending): path
-      for path in first.parent.glob(f'*{ending}')
-    }
     class_names = published.read_labels(__file__)
-    absent = sorted(set(class_names) - paths.keys())
-    if absent:
-      raise errors.UserError(
-        f'{folder}: the annotation file {absent[0]}{ending} is not there,'
-        f' {len(absent)} of 51 are missing; unpack the whole archive of splits'
-      )
     listed = []
     for label in class_names:
-      with published.malformed(paths[label]):
-        for line in published.read_lines(paths[label]):
+      path = published.find_one(folder, f'{label}_test_split{config.split}.txt')
+      with published.malformed(path):
+        for line in published.read_lines(path):
           file, number = line.rsplit(maxsplit=1)
           if number != '0':
             name = f'{label}/{published.without_extension(file)}'
