@@ -42,7 +42,6 @@ class Builder(published.AnnotatedBuilder):
     """See the base class."""
     config = self.builder_config
     assert isinstance(config, SplitConfig)
-    ending = f'_test_split{config.split}.txt'
     class_names = published.read_labels(__file__)
     listed = []
     for label in class_names:
