@@ -837,7 +837,7 @@ def test_a_missing_file_is_named(name, tmp_path):
       builder.read_annotations(folder)
     assert str(caught.value).startswith(f'{folder}: the annotation file ')
     assert str(caught.value).endswith(' is not there')
-    assert re.sub('^kick', '*', pathlib.Path(absent).name) in str(caught.value)
+    assert pathlib.Path(absent).name in str(caught.value)
 
 
 @pytest.mark.parametrize('name', NAMES)
