@@ -1,6 +1,7 @@
 """How every command starts: flags in, and a user's mistake out as one line."""
 
 from collections.abc import Callable
+import functools
 import logging
 import re
 import sys
@@ -17,7 +18,7 @@ _NO_FIELD = re.compile(r"'(.+)'(\nDid you mean \"(.+?)\".*)?")
 _NO_FILE = re.compile(r'config file .*\n.*\[Relative path\]:\s+(.+)')
 
 
-def run(main: Callable[[], None]) -> NoReturn:
+def run(main: Callable[..., None], arguments: str = '') -> NoReturn:
   """Parses the flags, calls `main` and exits.
 
   What is wrong with the flags or with the config they name, and what `main`
@@ -28,25 +29,26 @@ def run(main: Callable[[], None]) -> NoReturn:
   Args:
     main: the command; its module's docstring and flags are the --help. A flag
       named `config` must be one of ml_collections.
+    arguments: what may stand beside flags ('VIDEO'), then `main` is called with
+      the list of them, one at least; '' for nothing.
   """
   module = sys.modules[main.__module__]
   if {'-h', '--help'} & set(sys.argv[1:]):
     print(f'{module.__doc__}\nFlags:\n{flags.FLAGS.module_help(module)}')
     sys.exit(0)
 
-  def call(arguments: list[str]) -> None:
-    del arguments
+  def call(others: list[str]) -> None:
     try:
-      main()
+      main(*([others[1:]] if arguments else []))
     except UserError as error:
       _fail(str(error))
 
-  app.run(call, flags_parser=_parse_flags)
+  app.run(call, flags_parser=functools.partial(_parse_flags, arguments))
   sys.exit(0)
 
 
-def _parse_flags(arguments: list[str]) -> list[str]:
-  """Returns what is left beside flags: the command's name."""
+def _parse_flags(wanted: str, arguments: list[str]) -> list[str]:
+  """Returns what is left beside flags: the command's name, and what is wanted."""
   try:
     name, *others = flags.FLAGS(arguments)
     # ml_collections tells of a missing file only where a field is asked for.
@@ -75,9 +77,11 @@ def _parse_flags(arguments: list[str]) -> list[str]:
   if flags.FLAGS['verbosity'].using_default_value:
     flags.FLAGS.verbosity = absl.logging.WARNING
     logging.getLogger('dualformer_jax').setLevel(logging.INFO)
-  if others:
+  if others and not wanted:
     _fail(f'{others[0]!r} is no flag; expected --NAME=VALUE')
-  return [name]
+  if wanted and not others:
+    _fail(f'{wanted} must be given; --help tells how')
+  return [name, *others]
 
 
 def _fail(message: str) -> NoReturn:
