@@ -48,7 +48,7 @@ def run(main: Callable[..., None], arguments: str = '') -> NoReturn:
 
 
 def _parse_flags(wanted: str, arguments: list[str]) -> list[str]:
-  """Returns what is left beside flags: the command's name, and what is wanted."""
+  """Returns what is left beside flags: the name and what is wanted."""
   try:
     name, *others = flags.FLAGS(arguments)
     # ml_collections tells of a missing file only where a field is asked for.
