@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax import convert, pytorch
+from dualformer_jax import convert, errors, pytorch
 from dualformer_jax.models import attention, layers, variants
 from dualformer_jax.models.dualformer import DualFormer, gelu
 from dualformer_jax.training import checkpoint
@@ -331,10 +331,20 @@ def test_clips_of_other_sizes_are_refused():
     model.init(jax.random.key(0), jnp.zeros((1, 16, 32, 32, 3)))
 
 
-def test_unknown_ways_to_recompute_are_refused():
-  model = DualFormer(**SMALL, remat='all')
-  with pytest.raises(ValueError, match="model.remat is 'all'"):
-    model.init(jax.random.key(0), jnp.zeros(model.input_shape()))
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'remat': 'all'}, "model.remat is 'all'"),
+    ({'dtype': 'float16'}, "model.dtype is 'float16'"),
+    ({'depths': (2, 2, 2)}, 'expected 3 values, one for each stage'),
+    ({'num_heads': (2, 5)}, 'expected multiples of model.num_heads'),
+    ({'image_size': 4}, 'at least 2 frames and 8 pixels'),
+    ({'num_frames': 1}, 'at least 2 frames and 8 pixels'),
+  ],
+)
+def test_fields_that_do_not_fit_are_refused(fields, message):
+  with pytest.raises(errors.UserError, match=message):
+    DualFormer(**(SMALL | fields))
 
 
 def test_gelu_is_the_exact_one():

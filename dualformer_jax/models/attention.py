@@ -18,11 +18,10 @@ from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
   Linear,
+  Size,
   layer_norm,
   matmul_precision,
 )
-
-Size = tuple[int, int, int]
 
 # Scores that one block may hold, in bytes of float32: what stays in the
 # second-level cache of a CPU core, and what keeps a GPU or TPU busy.

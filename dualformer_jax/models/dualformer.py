@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import numpy as np
 
+from dualformer_jax.errors import UserError
 from dualformer_jax.models.attention import (
   GlobalPyramidAttention,
   LocalWindowAttention,
@@ -19,10 +20,9 @@ from dualformer_jax.models.layers import (
   Linear,
   PatchEmbedding,
   PositionalConvolution,
+  Size,
   layer_norm,
 )
-
-Size = tuple[int, int, int]
 
 
 def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
@@ -235,15 +235,41 @@ class DualFormer(nn.Module):
   remat: str = 'elementwise'
   dtype: str = 'bfloat16'
 
+  def __post_init__(self):
+    super().__post_init__()
+    stages = len(self.depths)
+    for name in ('embed_dims', 'num_heads', 'fine_sizes', 'coarse_sizes'):
+      if len(getattr(self, name)) != stages:
+        raise UserError(
+          f'model.{name} is {getattr(self, name)}; expected {stages} values, '
+          f'one for each stage, as model.depths is {self.depths}'
+        )
+    for channels, heads in zip(self.embed_dims, self.num_heads, strict=True):
+      if heads < 1 or channels < 1 or channels % heads:
+        raise UserError(
+          f'model.embed_dims is {self.embed_dims}; expected multiples of '
+          f'model.num_heads, {self.num_heads}'
+        )
+    smallest = 4 * 2 ** (stages - 1)  # of which one token is left
+    if self.num_frames < 2 or self.image_size < smallest:
+      raise UserError(
+        f'model.num_frames is {self.num_frames} and model.image_size '
+        f'{self.image_size}; expected at least 2 frames and {smallest} pixels'
+      )
+    for name, values in (
+      ('remat', ('none', 'elementwise', 'block')),
+      ('dtype', ('float32', 'bfloat16')),
+    ):
+      if getattr(self, name) not in values:
+        raise UserError(
+          f'model.{name} is {getattr(self, name)!r}; expected one of '
+          f'{", ".join(map(repr, values))}'
+        )
+
   @nn.compact
   def __call__(
     self, clips: Float[Array, 'b t y x 3'], train: bool = False
   ) -> Output:
-    if self.remat not in ('none', 'elementwise', 'block'):
-      raise ValueError(
-        f"model.remat is {self.remat!r}; expected 'none', 'elementwise' or "
-        "'block'"
-      )
     expected = (self.num_frames, self.image_size, self.image_size, 3)
     if clips.shape[1:] != expected:
       raise ValueError(
