@@ -101,6 +101,65 @@ def test_several_labels_are_given_as_ones(make_loader):
       np.testing.assert_array_equal(row, np.arange(3) < count)
 
 
+def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
+  """What hosts read that run at the same time, each a process."""
+  defaults = {
+    'data_dir': str(data_dir / 'tfrecord'),
+    'batch_size': 4,
+    'process_index': 0,
+    'process_count': 1,
+    'num_threads': 2,
+    'batches': 11,
+    'state': None,
+  }
+  hosts = [
+    subprocess.Popen(
+      [
+        sys.executable,
+        '-m',
+        'tests.stream_of_host',
+        json.dumps(defaults | host),
+      ],
+      cwd=conftest.REPOSITORY,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    for host in asked
+  ]
+  outputs = [host.communicate(timeout=120)[0] for host in hosts]
+  assert [host.returncode for host in hosts] == [0] * len(hosts)
+  return [list(map(json.loads, output.splitlines())) for output in outputs]
+
+
+def test_two_hosts_read_what_one_does_and_go_on_at_any_step(prepared_datasets):
+  two = {'process_count': 2}
+  alone, first, second = streams(
+    prepared_datasets,
+    {'num_threads': 1},
+    two,
+    two | {'process_index': 1, 'num_threads': 5},
+  )
+  for one, left, right in zip(alone, first, second, strict=True):
+    assert one['rows'] == left['rows'] + right['rows']
+    assert one['state'] == left['state'] == right['state']
+  # 44 clips are four epochs of 11 videos: each once, on one of the hosts.
+  names = [row[0] for one in alone for row in one['rows']]
+  for epoch in range(4):
+    assert len(set(names[11 * epoch : 11 * epoch + 11])) == 11
+  # What one host began, two go on with; and the other way round.
+  state = first[5]['state']
+  go_on = {'state': state, 'batches': 5}
+  resumed, left, right = streams(
+    prepared_datasets,
+    go_on,
+    two | go_on,
+    two | go_on | {'process_index': 1},
+  )
+  assert resumed == alone[6:]
+  assert left == first[6:]
+  assert right == second[6:]
+
+
 def test_every_video_comes_once_an_epoch_in_ever_new_order(make_loader):
   # 44 videos, four epochs of 11; batches reach from one into the next.
   names = ids(take(make_loader(), 11))
@@ -400,6 +459,150 @@ print('done')
   )
   assert (result.returncode, result.stdout) == (0, 'done\n')
   assert 'Traceback' not in result.stderr
+
+
+# --- Repeated augmentation
+
+
+def test_each_video_is_read_once_for_several_clips_in_a_row(
+  make_loader, monkeypatch
+):
+  wait_for_threads()  # Those of other tests.
+  read = []
+  getitem = records.PreparedDataset.__getitem__
+
+  def count(self: Any, index: int) -> records.Example:
+    example = getitem(self, index)
+    read.append(example.video_id)
+    return example
+
+  monkeypatch.setattr(records.PreparedDataset, '__getitem__', count)
+  iterator = make_loader(batch_size=12, repeats=3, num_threads=1)
+  batches = take(iterator, 3)
+  iterator.close()
+  monkeypatch.undo()
+  intended = ids(take(make_loader(), 3))
+  assert ids(batches) == [name for name in intended for _ in range(3)]
+  assert read[:12] == intended
+  assert len(read) <= 5 * 4  # Two batches more are read ahead.
+  for batch in batches:
+    np.testing.assert_array_equal(
+      batch['labels'][::3].repeat(3), batch['labels']
+    )
+
+
+def test_repeated_clips_have_frames_of_their_own(make_loader):
+  (batch,) = take(make_loader(batch_size=40, repeats=40), 1)
+  levels = batch['clips'].mean((2, 3, 4))
+  np.testing.assert_allclose(
+    levels - levels[:, :1], np.tile([0, 2, 4, 6], (40, 1)), atol=1
+  )
+  # Clips of 7 of the 12 frames begin at the first five, whose brightness rises.
+  assert np.ptp(levels[:, 0]) == pytest.approx(4, abs=1)
+  assert len(np.unique(np.rint(levels[:, 0]))) >= 4
+
+
+def test_a_repeated_clip_is_the_one_that_it_would_be_alone():
+  frames = np.random.default_rng(0).integers(0, 256, (30, 36, 48, 3), np.uint8)
+  preprocessing = views.Preprocessing(8, 2, 24)
+
+  def rngs() -> list[np.random.Generator]:
+    return [np.random.default_rng((7, place)) for place in range(4)]
+
+  for video in (frames, decoding.encode_mp4(frames, fps=25)):
+    together = views.train_clip(video, preprocessing, rngs(), short_side=30)
+    assert together.shape == (4, 8, 24, 24, 3)
+    for rng, clip in zip(rngs(), together, strict=True):
+      alone = views.train_clip(video, preprocessing, rng, short_side=30)
+      np.testing.assert_array_equal(alone, clip)
+    assert len({clip.tobytes() for clip in together}) == 4
+
+
+def test_an_epoch_of_repeats_has_every_video_as_often(make_loader):
+  names = ids(take(make_loader(repeats=2), 22))  # 44 videos, twice each
+  for start in range(0, 88, 22):
+    epoch = names[start : start + 22]
+    assert sorted(epoch) == sorted(2 * [f'train/{i}' for i in range(11)])
+
+
+@pytest.mark.parametrize('hosts', [1, 2])
+def test_repeats_and_operations_do_not_depend_on_hosts_or_threads(
+  make_loader, hosts
+):
+  options = {'batch_size': 8, 'repeats': 2, 'rand_augment_ops': 2}
+  expected = take(make_loader('flawed', **options), 5)
+  parts = [
+    take(
+      make_loader(
+        'flawed',
+        **options,
+        process_index=index,
+        process_count=hosts,
+        num_threads=5,
+        prefetch=3,
+      ),
+      5,
+    )
+    for index in range(hosts)
+  ]
+  for number, batch in enumerate(expected):
+    assert not BROKEN & set(batch['video_ids'])
+    for name, value in batch.items():
+      rows = [part[number][name] for part in parts]
+      np.testing.assert_array_equal(np.concatenate(rows), value)
+
+
+@pytest.mark.parametrize('position', [8, 12, 13, 15])
+def test_a_run_goes_on_inside_of_the_clips_of_a_video(make_loader, position):
+  options = {'repeats': 4, 'rand_augment_ops': 1}
+  expected = take(make_loader(batch_size=4, **options), 8)
+  whole = {
+    name: np.concatenate([batch[name] for batch in expected])
+    for name in expected[0]
+  }
+  iterator = make_loader(batch_size=8, **options)
+  iterator.set_state(iterator.get_state() | {'position': position})
+  for start in (position, position + 8):
+    for name, value in next(iterator).items():
+      np.testing.assert_array_equal(value, whole[name][start : start + 8])
+
+
+def test_repeats_that_do_not_fit_a_host_are_refused(make_loader):
+  make_loader(batch_size=8, repeats=4, process_count=2)
+  with pytest.raises(errors.UserError, match='repeats is 3, .* has 4 clips'):
+    make_loader(repeats=3)
+  with pytest.raises(errors.UserError, match='repeats is 4, .* has 2 clips'):
+    make_loader(repeats=4, process_count=2)
+  with pytest.raises(errors.UserError, match='repeats is 0'):
+    make_loader(repeats=0)
+
+
+# --- RandAugment
+
+
+def test_operations_come_with_clips_and_change_neither_frames_nor_crops(
+  make_loader,
+):
+  plain = take(make_loader(random_crop=True), 10)
+  drawn = take(make_loader(rand_augment_ops=2, rand_augment_magnitude=5), 10)
+  ops = np.concatenate([batch['color_ops'] for batch in drawn])
+  magnitudes = np.concatenate([batch['magnitudes'] for batch in drawn])
+  assert ops.shape == magnitudes.shape == (40, 2)
+  assert ops.dtype == np.int32
+  assert magnitudes.dtype == np.float32
+  np.testing.assert_array_equal(np.abs(magnitudes), 0.5)
+  assert len({tuple(row) for row in ops}) > 20
+  warped = 0
+  for before, after in zip(plain, drawn, strict=True):
+    assert before['video_ids'] == after['video_ids']
+    for row, (a, b) in enumerate(
+      zip(before['clips'], after['clips'], strict=True)
+    ):
+      if np.all(after['color_ops'][row]):  # no geometric ones
+        np.testing.assert_array_equal(a, b)
+      else:
+        warped += not np.array_equal(a, b)
+  assert warped > 10
 
 
 def test_arguments_out_of_range_are_refused(make_loader, prepared_datasets):

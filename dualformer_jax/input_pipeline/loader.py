@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 import dataclasses
+import itertools
 import threading
 from typing import Any
 
@@ -19,7 +20,12 @@ from jaxtyping import Float32, Int32, UInt8
 import numpy as np
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding, records, views
+from dualformer_jax.input_pipeline import (
+  decoding,
+  rand_augment,
+  records,
+  views,
+)
 
 # So many videos in a row that cannot be read are no accident.
 _MAX_FAILURES_IN_A_ROW = 1000
@@ -40,11 +46,16 @@ def train_loader(
   prefetch: int = 2,
   short_side: int = 256,
   random_crop: bool = True,
+  repeats: int = 1,
+  rand_augment_ops: int = 0,
+  rand_augment_magnitude: int = 9,
 ) -> TrainIterator:
   """Endless batches of random clips, every video once in each epoch.
 
   An epoch is `len(dataset)` videos; each has an order of its own, and a batch
-  may hold the end of one and the start of the next.
+  may hold the end of one and the start of the next. With repeated augmentation
+  (Hoffer et al., arXiv 1901.09335) `repeats` rows in a row are clips of one
+  video, which is read once.
 
   A video that cannot be decoded is logged, and replaced by the next one in the
   stream's order that can.
@@ -52,20 +63,26 @@ def train_loader(
   Args:
     dataset: the videos.
     preprocessing: of clips; see views.train_clip.
-    batch_size: number of videos in a global batch.
-    seed: decides on order, frames and crops; 0 to 2**32 - 1.
+    batch_size: number of clips in a global batch.
+    seed: decides on order, frames, crops and operations; 0 to 2**32 - 1.
     process_index: which host this is; it gets rows
       process_index * batch_size / process_count and on.
     process_count: number of hosts.
     num_threads: that read and decode, one video each.
-    prefetch: number of batches to read ahead.
+    prefetch: number of batches to read ahead; more if there are more threads.
     short_side: what the frames' short side is resized to before the crop.
     random_crop: False takes the centre instead.
+    repeats: clips of each video; the rows of a host are a multiple of it.
+    rand_augment_ops: operations of RandAugment for each clip, of which the
+      geometric ones are done here; 0 for none.
+    rand_augment_magnitude: of these operations, 0..10.
 
   Returns:
     An iterator over dicts of `clips`, uint8 [rows, frames, size, size, 3],
     `labels`, int32 [rows] or with several labels float32 [rows, classes], and
-    `video_ids`, a list of str; with get_state and set_state.
+    `video_ids`, a list of str; with RandAugment also `color_ops`, int32, and
+    `magnitudes`, float32, both [rows, operations]: see
+    rand_augment.Operations. It has get_state and set_state.
 
   Raises:
     UserError: an argument is out of range, or (from the iterator) no video can
@@ -79,10 +96,24 @@ def train_loader(
     )
   if not 0 <= seed < 2**32:
     raise errors.UserError(f'seed must be in 0..2**32-1, got {seed}')
+  if repeats < 1 or rows.count % repeats:
+    raise errors.UserError(
+      f'repeats is {repeats}, but each host has {rows.count} clips of a batch;'
+      ' choose a batch_size that makes these a multiple of repeats, which is'
+      ' 1 or more'
+    )
   # Threads of OpenCV's own would only contend with those here.
   cv2.setNumThreads(0)
   stream = _TrainStream(
-    dataset, preprocessing, rows, seed, short_side, random_crop
+    dataset,
+    preprocessing,
+    rows,
+    seed,
+    short_side,
+    random_crop,
+    repeats,
+    rand_augment_ops,
+    rand_augment_magnitude,
   )
   return TrainIterator(stream, num_threads, prefetch)
 
@@ -155,7 +186,7 @@ class _Rows:
     return cls(batch_size, process_index * count, count)
 
   def position(self, index: int) -> int:
-    """The place in the global stream of this host's video of that number."""
+    """The place in the global stream of this host's row of that number."""
     batch, row = divmod(index, self.count)
     return batch * self.batch_size + self.first + row
 
@@ -165,6 +196,7 @@ class _Clip:
   pixels: UInt8[np.ndarray, '*shape 3']
   label: int | tuple[int, ...]
   video_id: str
+  operations: rand_augment.Operations | None
 
 
 class _TrainStream:
@@ -178,40 +210,61 @@ class _TrainStream:
     seed: int,
     short_side: int,
     random_crop: bool,
+    repeats: int,
+    rand_augment_ops: int,
+    rand_augment_magnitude: int,
   ):
     self.dataset = dataset
     self.rows = rows
     self.seed = seed
+    self.repeats = repeats
     self.failed: dict[str, str] = {}
     self._preprocessing = preprocessing
     self._short_side = short_side
     self._random_crop = random_crop
+    self._rand_augment_ops = rand_augment_ops
+    self._rand_augment_magnitude = rand_augment_magnitude
     order = grain.MapDataset.range(len(dataset)).shuffle(seed).repeat()
     self._order: Any = order
     self._order[0]  # Grain sets up what threads then share.
     self._lock = threading.Lock()
 
-  def clip(self, position: int) -> _Clip:
-    """The clip at a place in the stream.
+  def clips(self, position: int) -> list[_Clip]:
+    """The clips at a place in the stream and after it, as many as `repeats`.
 
     Raises:
-      UserError: neither its video nor those that follow can be read.
+      UserError: neither a clip's video nor those that follow can be read.
     """
+    positions = range(position, position + self.repeats)
+    # Of one video, unless a state of other `repeats` was set.
+    videos = itertools.groupby(positions, lambda place: place // self.repeats)
+    return [
+      clip
+      for video, places in videos
+      for clip in self._clips_of(video, list(places))
+    ]
+
+  def _clips_of(self, video: int, positions: list[int]) -> list[_Clip]:
+    """Clips of the stream's video of that number, each for its place."""
     name = error = None
     for attempt in range(_MAX_FAILURES_IN_A_ROW):
-      index = int(self._order[position + attempt])
+      index = int(self._order[video + attempt])
       name = f'record {index}'
       try:
         example = self.dataset[index]
         name = example.video_id
-        pixels = views.train_clip(
+        rngs = [np.random.default_rng((self.seed, p)) for p in positions]
+        clips = views.train_clip(
           example.video,
           self._preprocessing,
-          np.random.default_rng((self.seed, position)),
+          rngs,
           short_side=self._short_side,
           random_crop=self._random_crop,
         )
-        return _Clip(pixels, example.label, example.video_id)
+        return [
+          self._augmented(pixels, rng, example)
+          for pixels, rng in zip(clips, rngs, strict=True)
+        ]
       except _FAILURES as caught:
         error = caught
         self._note(name, caught)
@@ -222,6 +275,21 @@ class _TrainStream:
       f' {self.dataset.split!r} cannot be read and no other was found, the last'
       f' one {name} ({error})'
     ) from error
+
+  def _augmented(
+    self,
+    pixels: UInt8[np.ndarray, 't h w 3'],
+    rng: np.random.Generator,
+    example: records.Example,
+  ) -> _Clip:
+    operations = None
+    if self._rand_augment_ops:
+      p = self._preprocessing
+      operations = rand_augment.draw(
+        rng, self._rand_augment_ops, self._rand_augment_magnitude, p.image_size
+      )
+      pixels = rand_augment.warp(pixels, operations.matrix, p.pixel_mean)
+    return _Clip(pixels, example.label, example.video_id, operations)
 
   def _note(self, name: str, error: errors.UserError) -> None:
     with self._lock:
@@ -239,7 +307,10 @@ class _TrainStream:
 
 @dataclasses.dataclass(frozen=True)
 class _HostClips:
-  """This host's clips of a stream from a position on, as Grain reads them."""
+  """This host's clips of a stream from a position on, as Grain reads them.
+
+  Those of one video are read together.
+  """
 
   stream: _TrainStream
   start: int
@@ -247,8 +318,9 @@ class _HostClips:
   def __len__(self) -> int:
     return 2**62
 
-  def __getitem__(self, index: int) -> _Clip:
-    return self.stream.clip(self.start + self.stream.rows.position(index))
+  def __getitem__(self, index: int) -> list[_Clip]:
+    row = index * self.stream.repeats
+    return self.stream.clips(self.start + self.stream.rows.position(row))
 
 
 class TrainIterator(Iterator[Batch]):
@@ -259,9 +331,10 @@ class TrainIterator(Iterator[Batch]):
 
   def __init__(self, stream: _TrainStream, num_threads: int, prefetch: int):
     self._stream = stream
+    self._videos_per_batch = stream.rows.count // stream.repeats
     self._options = grain.ReadOptions(
       num_threads=num_threads,
-      prefetch_buffer_size=prefetch * stream.rows.count,
+      prefetch_buffer_size=max(prefetch * self._videos_per_batch, num_threads),
     )
     self._position = 0
     self._batches: Any = None
@@ -275,7 +348,7 @@ class TrainIterator(Iterator[Batch]):
     if self._batches is None:
       clips = grain.MapDataset.source(_HostClips(self._stream, self._position))
       batches = clips.to_iter_dataset(self._options).batch(
-        self._stream.rows.count, batch_fn=self._stack
+        self._videos_per_batch, batch_fn=self._stack
       )
       # In a thread of its own, as copying clips into a batch takes a while.
       self._batches = iter(
@@ -287,12 +360,18 @@ class TrainIterator(Iterator[Batch]):
     self._position += self._stream.rows.batch_size
     return batch
 
-  def _stack(self, clips: Sequence[_Clip]) -> Batch:
-    return {
+  def _stack(self, videos: Sequence[list[_Clip]]) -> Batch:
+    clips = list(itertools.chain.from_iterable(videos))
+    batch: Batch = {
       'clips': np.stack([clip.pixels for clip in clips]),
       'labels': _labels([clip.label for clip in clips], self._stream.dataset),
       'video_ids': [clip.video_id for clip in clips],
     }
+    drawn = [clip.operations for clip in clips if clip.operations]
+    if drawn:
+      batch['color_ops'] = np.stack([ops.color_ops for ops in drawn])
+      batch['magnitudes'] = np.stack([ops.magnitudes for ops in drawn])
+    return batch
 
   def get_state(self) -> dict[str, Any]:
     """What set_state needs to go on after the last batch returned.

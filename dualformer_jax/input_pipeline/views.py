@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -93,11 +93,11 @@ def test_views(
 def train_clip(
   video: Video,
   preprocessing: Preprocessing,
-  rng: np.random.Generator,
+  rng: np.random.Generator | Sequence[np.random.Generator],
   *,
   short_side: int = 256,
   random_crop: bool = True,
-) -> UInt8[np.ndarray, 'frames size size 3']:
+) -> UInt8[np.ndarray, '*clips frames size size 3']:
   """One clip at random, cropped at random, the same crop in all its frames.
 
   The flip is left to the accelerator.
@@ -105,7 +105,8 @@ def train_clip(
   Args:
     video: the file's content, its path, or its RGB frames.
     preprocessing: frames, interval and size; clips and crops are not used.
-    rng: decides on frames and crop.
+    rng: decides on frames and crop. Of a sequence each makes a clip, the same
+      as it would alone; the frames of all are decoded in one go.
     short_side: what the frames' short side is resized to before the crop.
     random_crop: False takes the centre instead.
 
@@ -113,11 +114,21 @@ def train_clip(
     VideoError: the video cannot be decoded, or has no frame.
   """
   p = preprocessing
-  pick = functools.partial(_pick_train_frames, p, rng)
-  frames = _picked_frames(video, pick, short_side)
-  if random_crop:
-    return random_resized_crop(frames, p.image_size, rng)
-  return center_crop(frames, p.image_size)
+  rngs = [rng] if isinstance(rng, np.random.Generator) else list(rng)
+
+  def pick(total: int) -> Int[np.ndarray, ' t']:
+    return np.concatenate([_pick_train_frames(p, r, total) for r in rngs])
+
+  def crop(
+    frames: UInt8[np.ndarray, 't h w 3'], rng: np.random.Generator
+  ) -> UInt8[np.ndarray, 't size size 3']:
+    if random_crop:
+      return random_resized_crop(frames, p.image_size, rng)
+    return center_crop(frames, p.image_size)
+
+  parts = np.split(_picked_frames(video, pick, short_side), len(rngs))
+  clips = [crop(part, r) for part, r in zip(parts, rngs, strict=True)]
+  return clips[0] if isinstance(rng, np.random.Generator) else np.stack(clips)
 
 
 def resize_short_side(
