@@ -40,11 +40,24 @@ def get_config() -> config_dict.ConfigDict:
         'train_short_side': 256,
         'random_crop': True,
         'flip': True,  # left and right, in half of the training clips
+        'repeats': 1,  # training clips of each video that is read
         # RGB, on the scale of 0 to 255.
         'pixel_mean': (123.675, 116.28, 103.53),
         'pixel_std': (58.395, 57.12, 57.375),
         'num_threads': 16,  # that read and decode
         'prefetch': 2,  # batches
+      },
+      # What else is done to training clips; 0 is off.
+      'augment': {
+        # Brightness, contrast and saturation times 1 -+ this, 0..1; the hue is
+        # turned by up to a quarter of it.
+        'color_jitter': 0.0,
+        'rand_augment_ops': 0,  # operations on each clip
+        'rand_augment_magnitude': 9,  # how strong they are, 0..10
+        'random_erasing': 0.0,  # share of the clips
+        # Alpha of a Beta distribution; with both, each has half of the batches.
+        'mixup': 0.0,
+        'cutmix': 0.0,
       },
       # Devices along each axis; -1: all that remain.
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},

@@ -29,7 +29,7 @@ from dualformer_jax.training import (
 from dualformer_jax.training import (
   optimizer as optimizers,
 )
-from tests import test_checkpoint
+from tests import test_augment, test_checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -210,6 +210,31 @@ def five_steps() -> None:
         }
       )
     )
+
+
+def augmented_batch() -> None:
+  """Prints how all augmentations differ on one and on eight devices."""
+  batch = test_augment.batch_of(test_augment.random_clips(16, 2, 12, 14))
+  augmented = test_augment.everything()
+  mesh = sharding.make_mesh({'data': 4, 'fsdp': 2, 'tensor': 1}, batch_size=16)
+  results = [
+    augmented(jax.random.key(0), where)
+    for where in (batch, sharding.put_batch(batch, mesh))
+  ]
+  (alone, labels), (spread, spread_labels) = results
+  print(
+    json.dumps(
+      {
+        'devices': [len(clips.sharding.device_set) for clips, _ in results],
+        'share_of_pixels_that_differ': float(
+          np.mean(np.abs(np.asarray(alone) - np.asarray(spread)) > 1e-4)
+        ),
+        'largest_difference_of_labels': float(
+          np.abs(np.asarray(labels) - np.asarray(spread_labels)).max()
+        ),
+      }
+    )
+  )
 
 
 def initial_state() -> None:

@@ -226,10 +226,17 @@ def test_losses_are_means_of_negative_log_likelihoods():
   actual = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
+  mixed = rng.dirichlet(np.ones(4), 6).astype(np.float32)
+  expected = -(mixed * np.log(shares)).sum(-1).mean()
+  actual = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(mixed))
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
   several = rng.integers(0, 2, (6, 4)).astype(np.float32)
   p = 1 / (1 + np.exp(-logits))
   expected = -(several * np.log(p) + (1 - several) * np.log(1 - p)).mean()
-  actual = losses.cross_entropy(jnp.asarray(logits), jnp.asarray(several))
+  actual = losses.cross_entropy(
+    jnp.asarray(logits), jnp.asarray(several), multi_label=True
+  )
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 

@@ -78,9 +78,13 @@ def train_and_test(
     prefetch=dataset.prefetch,
     short_side=dataset.train_short_side,
     random_crop=dataset.random_crop,
+    repeats=dataset.repeats,
+    rand_augment_ops=config.augment.rand_augment_ops,
+    rand_augment_magnitude=config.augment.rand_augment_magnitude,
     **input_options,
   )
-  steps_per_epoch = max(1, len(train_data) // config.batch_size)
+  clips_per_epoch = dataset.repeats * len(train_data)
+  steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
   total_steps = config.num_epochs * steps_per_epoch
   validation_steps = config.validation.every_epochs * steps_per_epoch
 
@@ -89,6 +93,7 @@ def train_and_test(
     config.mesh, config.batch_size, config.accumulation_steps
   )
   jax.set_mesh(mesh)
+  augment.check(config.augment, config.batch_size // config.accumulation_steps)
   model = make_model(config, train_data)
   variables = jax.eval_shape(model.init, jax.random.key(0), _blank(model))
   optimizer_options = config.optimizer.to_dict()
@@ -115,7 +120,16 @@ def train_and_test(
         pixel_mean=dataset.pixel_mean,
         pixel_std=dataset.pixel_std,
         flip=dataset.flip,
+        color_jitter=config.augment.color_jitter,
+        random_erasing=config.augment.random_erasing,
       ),
+      mix=functools.partial(
+        augment.mix,
+        num_classes=model.num_classes,
+        mixup=config.augment.mixup,
+        cutmix=config.augment.cutmix,
+      ),
+      multi_label=dataset.multi_label,
       seed=config.seed,
       accumulation_steps=config.accumulation_steps,
     ),
@@ -211,9 +225,8 @@ def train_and_test(
   last_step = step
   while step < total_steps and not stop.requested(step):
     batch = next(clips)
-    batch = sharding.put_batch(
-      {name: batch[name] for name in ('clips', 'labels')}, mesh
-    )
+    batch.pop('video_ids')
+    batch = sharding.put_batch(batch, mesh)
     state, step_metrics = train_step(state, batch)
     step += 1
 

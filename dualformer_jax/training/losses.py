@@ -6,18 +6,25 @@ import optax
 
 
 def cross_entropy(
-  logits: Float[Array, 'b k'], labels: Int[Array, 'b'] | Float[Array, 'b k']
+  logits: Float[Array, 'b k'],
+  labels: Int[Array, 'b'] | Float[Array, 'b k'],
+  *,
+  multi_label: bool = False,
 ) -> Float[Array, '']:
   """Returns the mean cross-entropy, in nats.
 
   Args:
     logits: class scores.
-    labels: one class for each clip; or, where a clip may have several classes,
-      1 for those it has and 0 for the others. Then classes are independent,
-      and the mean runs over clips and classes.
+    labels: the class of each clip, or the shares that classes have in it, which
+      add up to 1. With multi_label 1 for classes that a clip has and 0 for the
+      others, or in between where clips are mixed.
+    multi_label: whether a clip may have several classes. Then they are
+      independent, and the mean runs over clips and classes.
   """
-  if labels.ndim == 1:
+  if multi_label:
+    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+  elif labels.ndim == 1:
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
   else:
-    losses = optax.sigmoid_binary_cross_entropy(logits, labels)
+    losses = optax.softmax_cross_entropy(logits, labels)
   return jnp.mean(losses)

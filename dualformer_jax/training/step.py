@@ -6,14 +6,17 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 import optax
 
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import losses
 
-Augment = Callable[
-  [PRNGKeyArray, UInt8[Array, 'b t h w 3']], Float[Array, 'b t h w 3']
+Augment = Callable[..., Float[Array, 'b t h w 3']]
+Labels = Int[Array, 'b'] | Float[Array, 'b k']
+Mix = Callable[
+  [PRNGKeyArray, Float[Array, 'b t h w 3'], Labels],
+  tuple[Float[Array, 'b t h w 3'], Labels],
 ]
 Normalize = Callable[[UInt8[Array, 'b t h w 3']], Float[Array, 'b t h w 3']]
 
@@ -58,6 +61,8 @@ def train_step(
   model: DualFormer,
   optimizer: optax.GradientTransformation,
   augment: Augment,
+  mix: Mix | None = None,
+  multi_label: bool = False,
   seed: int,
   accumulation_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
@@ -66,10 +71,13 @@ def train_step(
   Args:
     state: the state before.
     batch: 'clips', uint8 [b, t, h, w, 3], and 'labels', int [b] or, for data
-      with several labels, float [b, k].
+      with several labels, float [b, k]; what else there is, is for `augment`.
     model: the model.
     optimizer: the optimiser.
-    augment: makes normalised clips of uint8 ones, with a key.
+    augment: makes normalised clips of a key, of uint8 clips, and of the rest of
+      the batch by name.
+    mix: makes mixed clips and labels of the same key, clips and labels.
+    multi_label: as in losses.cross_entropy.
     seed: of augmentation, dropout and drop path, whose keys depend on it and
       on the step alone.
     accumulation_steps: passes that the batch is split into; BatchNorm sees
@@ -79,14 +87,19 @@ def train_step(
 
   def loss_fn(params, batch_stats, batch, key):
     augment_key, dropout_key = jax.random.split(key)
+    rest = dict(batch)
+    clips, labels = rest.pop('clips'), rest.pop('labels')
+    clips = augment(augment_key, clips, **rest)
+    if mix is not None:
+      clips, labels = mix(augment_key, clips, labels)
     output, updates = model.apply(
       {'params': params, 'batch_stats': batch_stats},
-      augment(augment_key, batch['clips']),
+      clips,
       train=True,
       rngs={'dropout': dropout_key},
       mutable=['batch_stats'],
     )
-    loss = losses.cross_entropy(output.logits, batch['labels'])
+    loss = losses.cross_entropy(output.logits, labels, multi_label=multi_label)
     return loss, updates.get('batch_stats', {})
 
   def add_pass(carry, part):
