@@ -1,7 +1,7 @@
 r"""Trains a DualFormer, then tests it.
 
 python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
-    [--mode=test] [--config.FIELD=VALUE ...]
+    [--mode=test|profile] [--config.FIELD=VALUE ...]
 """
 
 import os
@@ -23,14 +23,15 @@ _WORKDIR = flags.DEFINE_string(
 _MODE = flags.DEFINE_enum(
   'mode',
   'train',
-  ['train', 'test'],
+  ['train', 'test', 'profile'],
   'train: train, then test. test: only test config.init_from, or the newest '
-  'checkpoint in the workdir.',
+  'checkpoint in the workdir. profile: train nothing; say how fast input and '
+  'step are, and which of them holds up the other.',
 )
 
 
 def main() -> None:
-  """Trains and tests, or tests, as the flags say."""
+  """Trains and tests, tests, or profiles, as the flags say."""
   import jax
 
   # What was compiled once is not compiled again.
@@ -38,15 +39,17 @@ def main() -> None:
     cache = os.path.expanduser('~/.cache/dualformer_jax')
     jax.config.update('jax_compilation_cache_dir', cache)
 
-  from dualformer_jax.training import loop
+  from dualformer_jax.training import loop, profile
 
   workdir = _WORKDIR.value
   assert workdir is not None  # cli requires it
 
   if _MODE.value == 'train':
     loop.train_and_test(_CONFIG.value, workdir)
-  else:
+  elif _MODE.value == 'test':
     loop.test(_CONFIG.value, workdir)
+  else:
+    profile.profile(_CONFIG.value, workdir)
 
 
 def cli() -> None:

@@ -166,6 +166,14 @@ class PreparedDataset:
   def __len__(self) -> int:
     return self._length
 
+  def content_fingerprint(self) -> str:
+    """Of all videos in all splits, as the report beside them says; or ''."""
+    try:
+      report = json.loads((self.folder / 'report.json').read_text('utf-8'))
+      return str(report['fingerprint'])
+    except (OSError, ValueError, KeyError, TypeError):
+      return ''
+
   def __getitem__(self, index: SupportsIndex) -> Example:
     """Reads one video.
 

@@ -117,7 +117,7 @@ def train_clip(
   rngs = [rng] if isinstance(rng, np.random.Generator) else list(rng)
 
   def pick(total: int) -> Int[np.ndarray, ' t']:
-    return np.concatenate([_pick_train_frames(p, r, total) for r in rngs])
+    return np.concatenate([pick_train_frames(p, r, total) for r in rngs])
 
   def crop(
     frames: UInt8[np.ndarray, 't h w 3'], rng: np.random.Generator
@@ -212,9 +212,10 @@ def _pick_test_frames(p: Preprocessing, total: int) -> Int[np.ndarray, ' t']:
   return indices.ravel()
 
 
-def _pick_train_frames(
+def pick_train_frames(
   p: Preprocessing, rng: np.random.Generator, total: int
 ) -> Int[np.ndarray, ' t']:
+  """Which frames `train_clip` takes of a video that has `total`."""
   if p.sampling == 'uniform':
     indices = frame_sampling.uniform_train_frames(total, p.num_frames, rng)
   else:

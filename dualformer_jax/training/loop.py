@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
+import optax
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import loader, records
@@ -70,19 +71,7 @@ def train_and_test(
     process_count=jax.process_count(),
     num_threads=dataset.num_threads,
   )
-  clips = loader.train_loader(
-    train_data,
-    preprocessing,
-    batch_size=config.batch_size,
-    seed=config.seed,
-    prefetch=dataset.prefetch,
-    short_side=dataset.train_short_side,
-    random_crop=dataset.random_crop,
-    repeats=dataset.repeats,
-    rand_augment_ops=config.augment.rand_augment_ops,
-    rand_augment_magnitude=config.augment.rand_augment_magnitude,
-    **input_options,
-  )
+  clips = make_train_loader(config, train_data)
   clips_per_epoch = dataset.repeats * len(train_data)
   steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
   total_steps = config.num_epochs * steps_per_epoch
@@ -93,49 +82,12 @@ def train_and_test(
     config.mesh, config.batch_size, config.accumulation_steps
   )
   jax.set_mesh(mesh)
-  augment.check(config.augment, config.batch_size // config.accumulation_steps)
   model = make_model(config, train_data)
-  variables = jax.eval_shape(model.init, jax.random.key(0), _blank(model))
-  optimizer_options = config.optimizer.to_dict()
-  schedule = optimizers.learning_rate_schedule(
-    optimizer_options.pop('learning_rate'),
-    config.num_epochs,
-    optimizer_options.pop('warmup_epochs'),
-    steps_per_epoch,
-  )
-  optimizer = optimizers.make_optimizer(
-    variables['params'], schedule, **optimizer_options
-  )
+  optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
   init = functools.partial(steps.init_state, model, optimizer, config.seed)
   abstract_state = jax.eval_shape(init)
   state_shardings = sharding.tree_shardings(abstract_state, mesh)
-  replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-  train_step = jax.jit(
-    functools.partial(
-      steps.train_step,
-      model=model,
-      optimizer=optimizer,
-      augment=functools.partial(
-        augment.augment,
-        pixel_mean=dataset.pixel_mean,
-        pixel_std=dataset.pixel_std,
-        flip=dataset.flip,
-        color_jitter=config.augment.color_jitter,
-        random_erasing=config.augment.random_erasing,
-      ),
-      mix=functools.partial(
-        augment.mix,
-        num_classes=model.num_classes,
-        mixup=config.augment.mixup,
-        cutmix=config.augment.cutmix,
-      ),
-      multi_label=dataset.multi_label,
-      seed=config.seed,
-      accumulation_steps=config.accumulation_steps,
-    ),
-    donate_argnums=0,
-    out_shardings=(state_shardings, replicated),
-  )
+  train_step = make_train_step(config, model, optimizer, state_shardings, mesh)
   eval_step = make_eval_step(model, preprocessing, config, mesh)
 
   # -------------------------------------------------- restore or initialise
@@ -223,8 +175,11 @@ def train_and_test(
     validate(step)  # the process may have ended before it was done
   first_step_began = last_line = time.monotonic()
   last_step = step
+  waited = 0.0  # for data, since the last line; in seconds
   while step < total_steps and not stop.requested(step):
+    waited -= time.monotonic()
     batch = next(clips)
+    waited += time.monotonic()
     batch.pop('video_ids')
     batch = sharding.put_batch(batch, mesh)
     state, step_metrics = train_step(state, batch)
@@ -235,6 +190,7 @@ def train_and_test(
       seconds = time.monotonic() - first_step_began
       _LOG.info('first step, compilation included: %.1f s', seconds)
       last_line, last_step, first_step_began = time.monotonic(), step, None
+      waited = 0.0
     line_is_due = step % config.log_every_steps == 0 or step == total_steps
     if line_is_due and step > last_step:
       values = {
@@ -244,7 +200,8 @@ def train_and_test(
       seconds = (now - last_line) / (step - last_step)
       values['learning_rate'] = float(schedule(step - 1))
       values['clips_per_second'] = config.batch_size / seconds
-      last_line, last_step = now, step
+      values['wait_for_data'] = waited / (now - last_line)  # share of the time
+      last_line, last_step, waited = now, step, 0.0
       _LOG.info(
         'step %d/%d (epoch %.1f/%d)  %s  %s left',
         step,
@@ -264,7 +221,7 @@ def train_and_test(
       checkpoints.save(state, describe(step))
     if validation_is_due:
       validate(step)
-      last_line, last_step = time.monotonic(), step
+      last_line, last_step, waited = time.monotonic(), step, 0.0
 
   # ------------------------------------------------------------------- save
   checkpoints.save(state, describe(step))
@@ -382,7 +339,7 @@ def _test(
     'dataset': {
       'folder': str(data.folder),
       'split': data.split,
-      'fingerprint': data.fingerprint,
+      'fingerprint': data.content_fingerprint() or data.fingerprint,
     },
     'config': config.to_dict(),
     'time': {
@@ -489,6 +446,87 @@ def make_preprocessing(
     pixel_std=_as_rgb(config.dataset.pixel_std),
     num_clips=views.num_clips if views else 1,
     num_crops=views.num_crops if views else 1,
+  )
+
+
+def make_train_loader(
+  config: Config, data: records.PreparedDataset
+) -> loader.TrainIterator:
+  """Returns this host's batches of training clips."""
+  dataset = config.dataset
+  return loader.train_loader(
+    data,
+    make_preprocessing(config),
+    batch_size=config.batch_size,
+    seed=config.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+    num_threads=dataset.num_threads,
+    prefetch=dataset.prefetch,
+    short_side=dataset.train_short_side,
+    random_crop=dataset.random_crop,
+    repeats=dataset.repeats,
+    rand_augment_ops=config.augment.rand_augment_ops,
+    rand_augment_magnitude=config.augment.rand_augment_magnitude,
+  )
+
+
+def make_optimizer(
+  config: Config, model: DualFormer, steps_per_epoch: int
+) -> tuple[optax.GradientTransformation, Callable[[int], Any]]:
+  """Returns the optimiser and the learning rate of each step."""
+  options = config.optimizer.to_dict()
+  schedule = optimizers.learning_rate_schedule(
+    options.pop('learning_rate'),
+    config.num_epochs,
+    options.pop('warmup_epochs'),
+    steps_per_epoch,
+  )
+  variables = jax.eval_shape(model.init, jax.random.key(0), _blank(model))
+  optimizer = optimizers.make_optimizer(
+    variables['params'], schedule, **options
+  )
+  return optimizer, schedule
+
+
+def make_train_step(
+  config: Config,
+  model: DualFormer,
+  optimizer: optax.GradientTransformation,
+  state_shardings: Any,
+  mesh: jax.sharding.Mesh,
+) -> Callable[..., tuple[steps.TrainState, dict[str, jax.Array]]]:
+  """Returns (state, batch) -> (state, metrics); the old state is used up."""
+  dataset, switches = config.dataset, config.augment
+  augment.check(switches, config.batch_size // config.accumulation_steps)
+  return jax.jit(
+    functools.partial(
+      steps.train_step,
+      model=model,
+      optimizer=optimizer,
+      augment=functools.partial(
+        augment.augment,
+        pixel_mean=dataset.pixel_mean,
+        pixel_std=dataset.pixel_std,
+        flip=dataset.flip,
+        color_jitter=switches.color_jitter,
+        random_erasing=switches.random_erasing,
+      ),
+      mix=functools.partial(
+        augment.mix,
+        num_classes=model.num_classes,
+        mixup=switches.mixup,
+        cutmix=switches.cutmix,
+      ),
+      multi_label=dataset.multi_label,
+      seed=config.seed,
+      accumulation_steps=config.accumulation_steps,
+    ),
+    donate_argnums=0,
+    out_shardings=(
+      state_shardings,
+      jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    ),
   )
 
 
