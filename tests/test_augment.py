@@ -537,8 +537,13 @@ def test_a_run_with_everything_on(
   prepared_datasets, compilation_cache, tmp_path
 ):
   flags = (
-    *training_command.TINY,
+    # Less than training_command.TINY, as what augments is compiled, too.
     '--config.model.depths=(1,)',
+    '--config.model.embed_dims=(8,)',
+    '--config.model.num_heads=(1,)',
+    '--config.model.fine_sizes=(None,)',
+    '--config.model.coarse_sizes=(None,)',
+    '--config.model.remat=none',
     f'--config.dataset.data_dir={prepared_datasets / "tfrecord"}',
     '--config.dataset.name=levels',
     '--config.dataset.repeats=2',
