@@ -58,6 +58,8 @@ class Recognizer:
         multi_label=self.multi_label,
       )
     )
+    self._score = jax.jit(self._scores_of)
+    self._tokens = jax.jit(self._tokens_of)
 
   @classmethod
   def load(
@@ -111,6 +113,12 @@ class Recognizer:
     """Returns the mean over tokens of the last norm, of each clip."""
     return np.asarray(self._output(clips).features)
 
+  def tokens(
+    self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
+  ) -> Float[np.ndarray, 'b d h w c']:
+    """Returns the last norm of each token, of which `features` is the mean."""
+    return np.asarray(self._tokens(self.variables, clips))
+
   def token_logits(
     self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
   ) -> Float[np.ndarray, 'b d h w k']:
@@ -140,10 +148,41 @@ class Recognizer:
     Raises:
       UserError: the video cannot be decoded.
     """
-    probabilities = self.probabilities(self.views(video))
+    return self.top(self.probabilities(self.views(video)), top_k)
+
+  def score(
+    self, views: UInt8[np.ndarray, 'b t h w 3']
+  ) -> tuple[Float[np.ndarray, 'b k'], Float[np.ndarray, 'b c']]:
+    """Returns class probabilities and features of each view, in one pass.
+
+    Averaged over the views of a video they are `probabilities` and its
+    features; the views may be of several videos.
+    """
+    probabilities, features = self._score(self.variables, views)
+    return np.asarray(probabilities), np.asarray(features)
+
+  def top(
+    self, probabilities: Float[np.ndarray, ' k'], top_k: int = 5
+  ) -> list[tuple[str, float]]:
+    """Returns the names and probabilities of the most probable classes."""
     # Equal probabilities: the lower class first.
     best = np.argsort(-probabilities, kind='stable')[:top_k]
     return [(self.class_names[i], float(probabilities[i])) for i in best]
+
+  def _scores_of(self, variables: Any, views: Any) -> Any:
+    output: Any = self.model.apply(variables, self.normalize(views))
+    activation = jax.nn.sigmoid if self.multi_label else jax.nn.softmax
+    return activation(output.logits), output.features
+
+  def _tokens_of(self, variables: Any, clips: Any) -> Any:
+    state: Any = self.model.apply(
+      variables,
+      clips,
+      capture_intermediates=lambda module, _: module.name == 'norm',
+      mutable=['intermediates'],
+    )[1]
+    (tokens,) = state['intermediates']['backbone']['norm']['__call__']
+    return tokens.astype('float32')
 
   def _output(
     self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
