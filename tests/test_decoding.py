@@ -242,6 +242,31 @@ def test_an_odd_side_loses_its_last_row_or_column(size, expected):
   assert np.abs(difference).mean() < 2
 
 
+def test_a_video_is_written_while_its_frames_come(tmp_path):
+  rng = np.random.default_rng(0)
+  sizes = []
+  path = tmp_path / 'long.mp4'
+
+  def frames():
+    for _ in range(30):
+      sizes.append(path.stat().st_size)
+      yield rng.integers(0, 256, (96, 128, 3), np.uint8)
+
+  with open(path, 'wb') as file:
+    decoding.write_mp4(file, frames(), fps=20)
+  # Noise takes about 10 kB a frame: most of it is not kept until the end.
+  assert sizes[-1] > 0.8 * path.stat().st_size
+  assert decoding.probe(path) == decoding.VideoInfo(30, 96, 128, 20.0)
+
+
+def test_the_duration_is_what_the_file_says(tmp_path):
+  assert decoding.duration(decoding.encode_mp4(levels(36), fps=24)) == 1.5
+  raw = write(levels(36), 'libx264', 'h264')  # of no container, so of no time
+  assert decoding.duration(raw) is None
+  with pytest.raises(decoding.VideoError, match='cannot be opened'):
+    decoding.duration(tmp_path / 'none.mp4')
+
+
 def test_what_cannot_be_encoded_is_refused():
   frames = levels(2)
   with pytest.raises(decoding.VideoError, match='holds no frames'):

@@ -130,6 +130,17 @@ def frame_rate(video: Source) -> float:
     return reader.fps()
 
 
+def duration(video: Source) -> float | None:
+  """How many seconds it lasts as the file says; None where it does not.
+
+  Raises:
+    VideoError: the video cannot be opened.
+  """
+  with _open(video) as reader:
+    length = reader.container.duration
+    return length / av.time_base if length and length > 0 else None
+
+
 def stream_frames(
   video: Source, seconds: tuple[float, float] | None = None
 ) -> Iterator[Frame]:
@@ -226,12 +237,31 @@ def encode_mp4(
 ) -> bytes:
   """H.264 in MP4, made to be entered anywhere and decoded fast.
 
+  Takes the arguments of write_mp4 and raises what it does; the same frames give
+  the same bytes.
+  """
+  file = io.BytesIO()
+  write_mp4(file, frames, fps=fps, crf=crf, keyframe_interval=keyframe_interval)
+  return file.getvalue()
+
+
+def write_mp4(
+  file: io.BufferedIOBase,
+  frames: Iterable[Frame] | UInt8[np.ndarray, 't h w 3'],
+  *,
+  fps: float,
+  crf: int = 18,
+  keyframe_interval: int = 16,
+) -> None:
+  """Writes a video of any length as encode_mp4 does, a frame at a time.
+
   A keyframe every `keyframe_interval` frames, no B-frames, no deblocking, no
-  CABAC. The same frames give the same bytes. Colours are stored at half
-  resolution (4:2:0), which needs even sides: the last row or column of an odd
-  side is left out (a side of one pixel is doubled).
+  CABAC. Colours are stored at half resolution (4:2:0), which needs even sides:
+  the last row or column of an odd side is left out (a side of one pixel is
+  doubled).
 
   Args:
+    file: where to; it must be seekable.
     frames: RGB, all of one size; an iterable is read one frame at a time.
     fps: frames per second, as the file will say.
     crf: 0 (lossless) to 51; 18 can hardly be told from the original.
@@ -249,7 +279,6 @@ def encode_mp4(
   if first is None:
     raise VideoError('holds no frames')
   height, width = first.shape[:2]
-  file = io.BytesIO()
   with av.open(file, 'w', format='mp4') as container:
     stream = container.add_stream(
       'libx264',
@@ -288,7 +317,6 @@ def encode_mp4(
       picture.pts = index
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
-  return file.getvalue()
 
 
 def mux_jpegs(
