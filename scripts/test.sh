@@ -7,4 +7,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # The figures that the tests compare with were printed by a CPU.
 export JAX_PLATFORMS=cpu
-exec "$python" -m pytest "$@"
+# A file's tests run in one process, as they share what they prepare.
+exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
+  --dist=loadfile "$@"

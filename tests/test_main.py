@@ -100,6 +100,7 @@ def test_progress_is_told(trained):
     found = dict(zip(names, map(float, values.split()[1::2]), strict=True))
     assert 0.0 < found['loss'] < 5.0
     assert found['clips_per_second'] > 0.0
+    assert 0.0 <= found['wait_for_data'] <= 1.0
     assert 0.0 < found['learning_rate'] <= 2e-3
   assert re.findall(r'validation at step (\d+): top1 0', log) == [
     '6',
@@ -261,6 +262,11 @@ def test_mode_test_gives_the_same_figures(
   for name in (*METRICS, 'num_videos', 'checkpoint', 'views', 'dataset'):
     assert report[name] == expected[name]
   assert report['config']['model'] == expected['config']['model']
+  # The same videos, wherever they are: what was reported when they were made.
+  made = json.loads(
+    (motion_dataset / 'motion' / '1.0.0' / 'report.json').read_text()
+  )
+  assert report['dataset']['fingerprint'] == made['fingerprint']
 
 
 def test_gradients_are_accumulated_and_tensorflow_is_not_needed(
