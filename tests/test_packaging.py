@@ -54,10 +54,6 @@ import importlib, sys
 sys.modules.update(dict.fromkeys({absent!r}))
 for name in {modules!r}:
   importlib.import_module(name)
-  # Commands, each run alone, have flags of the same names.
-  flags = sys.modules.get('absl.flags')
-  for flag in list(flags.FLAGS if flags else ()):
-    delattr(flags.FLAGS, flag)
 """
   process = _run(sys.executable, '-c', code)
   assert process.returncode == 0, process.stderr
