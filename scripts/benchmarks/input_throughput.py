@@ -35,7 +35,9 @@ from dualformer_jax.input_pipeline import (
 )
 
 VIDEOS = flags.DEFINE_string('videos', None, 'Folder of CLASS/video.mp4.')
-CRFS = flags.DEFINE_list('crf', ['18', '23'], 'Of the re-encoded datasets.')
+CRFS = flags.DEFINE_list(
+  'crf', ['20', '18', '23'], 'Of the re-encoded datasets.'
+)
 CLIPS = flags.DEFINE_integer('clips', 40, 'Clips a row and round.')
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds.')
 JSON = flags.DEFINE_string('json', None, 'File to write the figures to.')
