@@ -64,7 +64,8 @@ def test_views_from_a_verbatim_dataset_are_those_of_the_reference(
   assert list(dataset.folder.glob(f'*.{file_format}-*'))
   found = {}
   for index in range(len(dataset)):
-    found[dataset.class_names[dataset[index].label]] = dataset[index].video
+    (name,) = {name for name in names if name in dataset[index].video_id}
+    found[name] = dataset[index].video
   assert sorted(found) == names
   for path in FIGURES:
     clip, recipe = path.stem.split('.')

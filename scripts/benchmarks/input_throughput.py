@@ -34,7 +34,9 @@ from dualformer_jax.input_pipeline import (
   views,
 )
 
-VIDEOS = flags.DEFINE_string('videos', None, 'Folder of CLASS/video.mp4.')
+VIDEOS = flags.DEFINE_string(
+  'videos', None, 'Folder of CLASS/video.mp4.', required=True
+)
 CRFS = flags.DEFINE_list(
   'crf', ['20', '18', '23'], 'Of the re-encoded datasets.'
 )
@@ -189,11 +191,5 @@ def main() -> None:
     pathlib.Path(JSON.value).write_text(json.dumps(content, indent=2) + '\n')
 
 
-def cli() -> None:
-  """Runs the command."""
-  flags.mark_flag_as_required('videos')
-  command_line.run(main)
-
-
 if __name__ == '__main__':
-  cli()
+  command_line.run(main)
