@@ -1,7 +1,7 @@
 r"""Trains a DualFormer, then tests it.
 
 python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
-    [--mode=test|profile] [--config.FIELD=VALUE ...]
+    [--mode=test|profile] [--compare=OTHER] [--config.FIELD=VALUE ...]
 """
 
 import os
@@ -10,6 +10,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualformer_jax import command_line
+from dualformer_jax.errors import UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
   'config', None, 'The recipe, a file such as configs/k400_tiny.py.'
@@ -17,7 +18,7 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   'workdir',
   None,
-  'Where checkpoints, TensorBoard files and report.json go; if it holds '
+  'Where checkpoints, TensorBoard files and the report go; if it holds '
   'checkpoints, training goes on from the newest.',
 )
 _MODE = flags.DEFINE_enum(
@@ -27,6 +28,12 @@ _MODE = flags.DEFINE_enum(
   'train: train, then test. test: only test config.init_from, or the newest '
   'checkpoint in the workdir. profile: train nothing; say how fast input and '
   'step are, and which of them holds up the other.',
+)
+_COMPARE = flags.DEFINE_string(
+  'compare',
+  '',
+  'With --mode=test: the workdir of another test, or its report.json; the '
+  'report then says on which videos the two differ, and whether significantly.',
 )
 
 
@@ -43,11 +50,16 @@ def main() -> None:
 
   workdir = _WORKDIR.value
   assert workdir is not None  # cli requires it
+  if _COMPARE.value and _MODE.value != 'test':
+    raise UserError(
+      f'--compare={_COMPARE.value} is for --mode=test, but --mode is '
+      f'{_MODE.value}; add --mode=test, or leave --compare out'
+    )
 
   if _MODE.value == 'train':
     loop.train_and_test(_CONFIG.value, workdir)
   elif _MODE.value == 'test':
-    loop.test(_CONFIG.value, workdir)
+    loop.test(_CONFIG.value, workdir, _COMPARE.value)
   else:
     profile.profile(_CONFIG.value, workdir)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int, Num
 import numpy as np
 
 from dualformer_jax.training import sharding
@@ -23,14 +23,18 @@ class Scores:
   """What a model says of the videos of a split.
 
   Attributes:
-    probabilities: of each class, for each video that could be read.
+    logits: class scores of each view of each video that could be read.
     labels: class, or 0s and 1s, of each of these.
+    video_ids: the name of each of these.
+    places: where in the dataset each of these is.
     failed: [name, reason] of each video that could not be read. They are
       left out of the scores: none is replaced by another.
   """
 
-  probabilities: Float[np.ndarray, 'v k']
+  logits: Float[np.ndarray, 'v n k']
   labels: Num[np.ndarray, ' v'] | Num[np.ndarray, 'v k']
+  video_ids: list[str]
+  places: Int[np.ndarray, ' v']
   failed: list[list[str]]
 
 
@@ -48,7 +52,7 @@ def score_videos(
   Args:
     batches: this host's part, as test_loader makes it.
     num_batches: how many there are, for the time left.
-    eval_step: (variables, views) -> probabilities, copied to all devices.
+    eval_step: (variables, views) -> logits of each view, on all devices.
     variables: parameters and BatchNorm statistics.
     mesh: the devices.
     should_stop: asked after each batch, on a single host.
@@ -56,14 +60,17 @@ def score_videos(
   Returns:
     The scores; None if `should_stop` said so first.
   """
-  probabilities, labels, failed = [], [], []
+  logits, labels, masks, names, failed = [], [], [], [], []
   start = last_line = time.monotonic()
   for done, batch in enumerate(batches, 1):
     views = sharding.put_batch({'views': batch['views']}, mesh)['views']
     scores = np.asarray(eval_step(variables, views))
     mask = _gather(batch['mask'])
-    probabilities.append(scores[mask])
+    masks.append(mask)
+    logits.append(scores[mask])
     labels.append(_gather(batch['labels'])[mask])
+    rows = zip(batch['video_ids'], batch['mask'], strict=True)
+    names += [[done, name] for name, is_scored in rows if is_scored]
     failed += [list(failure) for failure in batch['failed']]
     now = time.monotonic()
     if now - last_line > _SECONDS_BETWEEN_LINES or done == num_batches:
@@ -79,8 +86,11 @@ def score_videos(
     if should_stop():
       return None
   return Scores(
-    np.concatenate(probabilities),
+    np.concatenate(logits),
     np.concatenate(labels),
+    # Of all hosts: batch by batch, and in each host by host.
+    [name for _, name in sorted(_gather_lists(names), key=lambda row: row[0])],
+    np.flatnonzero(np.concatenate(masks)),
     _gather_lists(failed),
   )
 
@@ -92,7 +102,7 @@ def _gather(rows: np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 
-def _gather_lists(items: list[list[str]]) -> list[list[str]]:
+def _gather_lists(items: list[list[Any]]) -> list[list[Any]]:
   """Returns the items of all hosts, in their order."""
   if jax.process_count() == 1:
     return items

@@ -4,7 +4,6 @@ from collections.abc import Callable
 import dataclasses
 import datetime
 import functools
-import json
 import logging
 import os
 import pathlib
@@ -30,6 +29,9 @@ from dualformer_jax.training import (
 )
 from dualformer_jax.training import (
   optimizer as optimizers,
+)
+from dualformer_jax.training import (
+  report as reports,
 )
 from dualformer_jax.training import (
   step as steps,
@@ -88,7 +90,7 @@ def train_and_test(
   abstract_state = jax.eval_shape(init)
   state_shardings = sharding.tree_shardings(abstract_state, mesh)
   train_step = make_train_step(config, model, optimizer, state_shardings, mesh)
-  eval_step = make_eval_step(model, preprocessing, config, mesh)
+  eval_step = make_eval_step(model, preprocessing, mesh)
 
   # -------------------------------------------------- restore or initialise
   # In this order: the newest checkpoint in the workdir; what init_from names;
@@ -152,9 +154,10 @@ def train_and_test(
     )
     if scores is None:
       return
-    summary = metrics.summary(
-      scores.probabilities, scores.labels, dataset.multi_label
+    probabilities = metrics.mean_probabilities(
+      scores.logits, dataset.multi_label
     )
+    summary = metrics.summary(probabilities, scores.labels, dataset.multi_label)
     _LOG.info('validation at step %d: %s', step, _as_text(summary))
     if writer:
       writer.write_scalars(
@@ -250,14 +253,22 @@ def train_and_test(
   )
 
 
-def test(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
+def test(
+  config: Config, workdir: str | os.PathLike[str], compare: str = ''
+) -> dict[str, Any]:
   """Tests config.init_from, or the workdir's newest checkpoint, on all views.
 
   The checkpoint says what the model is; the config, which videos and views.
-  Writes WORKDIR/report.json and returns it.
+  Writes WORKDIR/report.json (which it returns), report.html and views.npz.
+
+  Args:
+    config: as configs/common.py has it.
+    workdir: where the report goes.
+    compare: another workdir, or its report.json, to compare with.
 
   Raises:
-    UserError: there is no checkpoint, or its classes are not the dataset's.
+    UserError: there is no checkpoint, or its classes are not the dataset's; or
+      what to compare with is not there or does not fit.
   """
   started = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser().absolute()
@@ -271,6 +282,8 @@ def test(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
       f'{len(data.class_names)} ({_start(data.class_names)}); test it on a '
       'dataset with the same class names in the same order'
     )
+  # Before the videos are scored, which may take hours.
+  other = reports.read(compare, data.class_names) if compare else None
   with config.unlocked():
     config.model.update(description.model)
   p = description.preprocessing
@@ -283,13 +296,13 @@ def test(config: Config, workdir: str | os.PathLike[str]) -> dict[str, Any]:
   mesh = sharding.make_mesh(config.mesh, config.batch_size)
   jax.set_mesh(mesh)
   eval_step = make_eval_step(
-    description.build_model(dtype=config.model.dtype), p, config, mesh
+    description.build_model(dtype=config.model.dtype), p, mesh
   )
   variables = jax.device_put(
     variables, sharding.tree_shardings(variables, mesh)
   )
   return _test(
-    config, workdir, str(folder), eval_step, variables, mesh, started
+    config, workdir, str(folder), eval_step, variables, mesh, started, other
   )
 
 
@@ -301,8 +314,9 @@ def _test(
   variables: Any,
   mesh: jax.sharding.Mesh,
   started: float,
+  other: reports.Result | None = None,
 ) -> dict[str, Any]:
-  """Scores the test split with all views and writes report.json."""
+  """Scores the test split with all views and writes the report."""
   data = open_split(config, config.dataset.test_split)
   preprocessing = make_preprocessing(config, config.test)
   _LOG.info(
@@ -323,9 +337,17 @@ def _test(
     num_threads=config.dataset.num_threads,
   )
   assert scores is not None
+  result = reports.Result(
+    scores.logits,
+    scores.labels,
+    scores.video_ids,
+    data.class_names,
+    preprocessing.num_clips,
+    str(workdir),
+  )
   report = {
     **metrics.summary(
-      scores.probabilities, scores.labels, config.dataset.multi_label
+      result.probabilities(), scores.labels, config.dataset.multi_label
     ),
     'num_videos': len(scores.labels),
     'failed_videos': [
@@ -335,6 +357,7 @@ def _test(
       'num_clips': preprocessing.num_clips,
       'num_crops': preprocessing.num_crops,
     },
+    **reports.details(result),
     'checkpoint': folder,
     'dataset': {
       'folder': str(data.folder),
@@ -347,19 +370,24 @@ def _test(
       'seconds': round(time.monotonic() - started, 1),
     },
   }
+  misfit = None
+  if other is not None:
+    try:
+      report['comparison'] = reports.compare(result, other)
+      _LOG.info('%s', report['comparison']['in_words'])
+    except UserError as error:
+      misfit = error  # The report comes first.
   if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    path = workdir / 'report.json'
-    temporary = path.with_suffix('.json.incomplete')
-    temporary.write_text(json.dumps(report, indent=2) + '\n')
-    temporary.replace(path)
+    reports.write(workdir, report, result, data, scores.places)
     _LOG.info(
       '%s on %d videos, %d failed; report: %s',
       _as_text({name: v for name, v in report.items() if isinstance(v, float)}),
       report['num_videos'],
       len(scores.failed),
-      path,
+      workdir / 'report.json',
     )
+  if misfit is not None:
+    raise misfit
   return report
 
 
@@ -533,20 +561,18 @@ def make_train_step(
 def make_eval_step(
   model: DualFormer,
   preprocessing: Preprocessing,
-  config: Config,
   mesh: jax.sharding.Mesh,
 ) -> Callable[..., jax.Array]:
-  """Returns (variables, views) -> probabilities, copied to all devices."""
+  """Returns (variables, views) -> logits of each view, on all devices."""
   return jax.jit(
     functools.partial(
-      steps.eval_step,
+      steps.view_logits,
       model=model,
       normalize=functools.partial(
         augment.normalize,
         pixel_mean=preprocessing.pixel_mean,
         pixel_std=preprocessing.pixel_std,
       ),
-      multi_label=config.dataset.multi_label,
     ),
     out_shardings=jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec()

@@ -131,6 +131,28 @@ def summary(
   }
 
 
+def mean_probabilities(
+  logits: Float[np.ndarray, 'v n k'], multi_label: bool
+) -> Float[np.ndarray, 'v k']:
+  """Returns the class probabilities of videos, averaged over n views.
+
+  Args:
+    logits: the class scores of each view of each video.
+    multi_label: whether each class has a probability of its own (sigmoid)
+      rather than its share of one (softmax).
+  """
+  total = np.zeros((logits.shape[0], logits.shape[2]))
+  for view in np.moveaxis(logits, 1, 0):
+    view = view.astype(np.float64)
+    with np.errstate(invalid='ignore'):  # summary tells what is not finite
+      if multi_label:
+        total += 0.5 + 0.5 * np.tanh(view / 2)
+      else:
+        exp = np.exp(view - view.max(axis=1, keepdims=True))
+        total += exp / exp.sum(axis=1, keepdims=True)
+  return total / logits.shape[1]
+
+
 def _average_precision(
   scores: Float[np.ndarray, 'n'], positive: Bool[np.ndarray, 'n']
 ) -> float:

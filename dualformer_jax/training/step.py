@@ -161,10 +161,26 @@ def eval_step(
       rather than its share of one (softmax).
   """
   activation = jax.nn.sigmoid if multi_label else jax.nn.softmax
+  logits = view_logits(variables, views, model=model, normalize=normalize)
+  return jnp.mean(activation(logits), axis=1)
+
+
+def view_logits(
+  variables: Any,
+  views: UInt8[Array, 'b v t h w 3'],
+  *,
+  model: DualFormer,
+  normalize: Normalize,
+) -> Float[Array, 'b v k']:
+  """Returns the class scores of each view of each video.
+
+  Takes the arguments of eval_step.
+  """
 
   def score(clips):
     output: Any = model.apply(variables, normalize(clips))
-    return activation(output.logits)
+    return output.logits
 
   # One view at a time: as much memory as for a batch of clips.
-  return jnp.mean(jax.lax.map(score, jnp.moveaxis(views, 1, 0)), axis=0)
+  logits = jax.lax.map(score, jnp.moveaxis(views, 1, 0))
+  return jnp.moveaxis(logits, 0, 1)
