@@ -1,5 +1,6 @@
 """Recognizer: a loaded checkpoint, ready to use; the one inference path."""
 
+import difflib
 import functools
 import os
 import pathlib
@@ -9,7 +10,9 @@ import jax
 from jaxtyping import Float, UInt8
 import numpy as np
 
+from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import views
+from dualformer_jax.models import explain
 from dualformer_jax.models.dualformer import Output
 from dualformer_jax.training import augment, checkpoint, step
 
@@ -60,6 +63,16 @@ class Recognizer:
     )
     self._score = jax.jit(self._scores_of)
     self._tokens = jax.jit(self._tokens_of)
+    self._gradcam = jax.jit(
+      functools.partial(
+        explain.gradcam, model=self.model, multi_label=self.multi_label
+      ),
+      static_argnames='block',
+    )
+    self._attention = jax.jit(
+      functools.partial(explain.global_attention, model=self.model),
+      static_argnames='block',
+    )
 
   @classmethod
   def load(
@@ -115,13 +128,13 @@ class Recognizer:
 
   def tokens(
     self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
-  ) -> Float[np.ndarray, 'b d h w c']:
+  ) -> Float[np.ndarray, 'b frames rows columns c']:
     """Returns the last norm of each token, of which `features` is the mean."""
     return np.asarray(self._tokens(self.variables, clips))
 
   def token_logits(
     self, clips: Float[np.ndarray | jax.Array, 'b t h w 3']
-  ) -> Float[np.ndarray, 'b d h w k']:
+  ) -> Float[np.ndarray, 'b frames rows columns k']:
     """Returns the class scores of each token of each clip.
 
     Raises:
@@ -168,6 +181,86 @@ class Recognizer:
     # Equal probabilities: the lower class first.
     best = np.argsort(-probabilities, kind='stable')[:top_k]
     return [(self.class_names[i], float(probabilities[i])) for i in best]
+
+  def gradcam(
+    self,
+    clips: Float[np.ndarray | jax.Array, 'v t h w 3'],
+    layer: str = 'blocks.3.1',
+    label: str | int | None = None,
+  ) -> Float[np.ndarray, 'v t h w']:
+    """Returns where a block sees a class in each clip, from 0 to 1 (Grad-CAM).
+
+    Args:
+      clips: views of one video, normalised.
+      layer: the block, as 'blocks.STAGE.BLOCK', counted from 0.
+      label: name or number of the class; None for the one that is the most
+        probable over all the clips.
+
+    Raises:
+      UserError: there is no such block or class.
+    """
+    block = explain.find_block(self.model, layer)
+    number = -1 if label is None else self.class_number(label)
+    maps = self._gradcam(self.variables, clips, np.int32(number), block=block)
+    return np.asarray(maps)
+
+  def attention(
+    self,
+    clips: Float[np.ndarray | jax.Array, 'b t h w 3'],
+    layer: str,
+    token: tuple[int, int, int],
+  ) -> Float[np.ndarray, 'b frames rows columns']:
+    """Returns how much a token attends to each other in a global block.
+
+    It is the mean over heads, and adds up to 1. What goes to a pooled token is
+    shared out among those that it was pooled from.
+
+    Args:
+      clips: normalised.
+      layer: the block, as 'blocks.STAGE.BLOCK', counted from 0; BLOCK is odd.
+      token: frame, row and column of the token that attends.
+
+    Raises:
+      UserError: there is no such block or token, or the block attends inside
+        windows.
+    """
+    stage, place = explain.find_block(self.model, layer)
+    if place % 2 == 0:
+      raise UserError(
+        f'layer {layer!r} attends inside windows; expected one with an odd '
+        f'number in the end, such as blocks.{stage}.{place + 1}'
+      )
+    grid = explain.token_grid(self.model, stage)
+    if not all(0 <= i < size for i, size in zip(token, grid, strict=True)):
+      raise UserError(
+        f'there is no token {token} at layer {layer!r}; expected a frame, a '
+        f'row and a column, from 0 and below {grid}'
+      )
+    block = (stage, place)
+    attention = self._attention(
+      self.variables, clips, np.asarray(token), block=block
+    )
+    return np.asarray(attention)
+
+  def class_number(self, label: str | int) -> int:
+    """Returns the number of a class, given its name or its number.
+
+    Raises:
+      UserError: there is no such class.
+    """
+    if label in self.class_names:
+      return self.class_names.index(label)
+    count = len(self.class_names)
+    if str(label).isdecimal() and int(label) < count:
+      return int(label)
+    nearest = difflib.get_close_matches(str(label), self.class_names, 3)
+    names = ' or '.join(map(repr, nearest)) or 'one such as ' + ', '.join(
+      map(repr, self.class_names[:3])
+    )
+    raise UserError(
+      f'there is no class {label!r}; expected {names}, or a number below '
+      f'{count}'
+    )
 
   def _scores_of(self, variables: Any, views: Any) -> Any:
     output: Any = self.model.apply(variables, self.normalize(views))

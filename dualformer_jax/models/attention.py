@@ -152,12 +152,11 @@ class GlobalPyramidAttention(nn.Module):
     q = Linear((self.num_heads, head), self.dtype, name='q')(x)
     q = rearrange(checkpoint_name(q, 'qkv'), 'b d h w n e -> b (d h w) n e')
 
-    i, j, k = self.fine_size
-    fine = (d // i, h // j, w // k)
-    if math.prod(fine) > 1:
+    kernels = pyramid_kernels(grid, self.fine_size, self.coarse_size)
+    if kernels:
+      (fine,), *coarse = kernels
       levels = [DepthwisePooling(fine, self.dtype, name='sr')(x)]
-      if self.coarse_size is not None:
-        first, second = coarse_kernels(grid, self.coarse_size)
+      for first, second in coarse:
         y = DepthwisePooling(first, self.dtype, name='lr_0')(x)
         y = nn.relu(BatchNorm(self.dtype, name='lr_1')(y, train))
         levels.append(DepthwisePooling(second, self.dtype, name='lr_3')(y))
@@ -177,6 +176,24 @@ class GlobalPyramidAttention(nn.Module):
     x = checkpoint_name(x, 'attention')
     x = Linear(channels, self.dtype, inputs=2, name='proj')(x)
     return x.reshape(-1, *grid, channels)
+
+
+def pyramid_kernels(
+  grid: Size, fine_size: Size, coarse_size: Size | None
+) -> list[tuple[Size, ...]]:
+  """Returns the kernels that pool `grid` to each level of the pyramid.
+
+  One of the fine level; of the coarse level two, one after the other. There is
+  no level where all tokens attend to all tokens.
+  """
+  d, h, w = grid
+  i, j, k = fine_size
+  fine = (d // i, h // j, w // k)
+  if math.prod(fine) <= 1:
+    return []
+  if coarse_size is None:
+    return [(fine,)]
+  return [(fine,), coarse_kernels(grid, coarse_size)]
 
 
 def coarse_kernels(grid: Size, coarse_size: Size) -> tuple[Size, Size]:

@@ -139,7 +139,12 @@ def run_block(
 
 
 class Backbone(nn.Module):
-  """Four stages of patch embedding and blocks; see DualFormer."""
+  """Four stages of patch embedding and blocks; see DualFormer.
+
+  What the block blocks_I_J puts out is replaced by the variable of that name
+  and '_output' in the collection 'replaced', where it is given: that is how to
+  get gradients with respect to it.
+  """
 
   depths: tuple[int, ...]
   embed_dims: tuple[int, ...]
@@ -164,6 +169,7 @@ class Backbone(nn.Module):
         name=f'patch_embeds_{stage}',
       )(x)
       for index in range(depth):
+        name = f'blocks_{stage}_{index}'
         block = Block(
           self.num_heads[stage],
           self.window if index % 2 == 0 else None,
@@ -171,9 +177,11 @@ class Backbone(nn.Module):
           self.coarse_sizes[stage],
           float(next(rates)),
           self.dtype,
-          name=f'blocks_{stage}_{index}',
+          name=name,
         )
         x = run_block(block, x, train, self.remat)
+        if self.has_variable('replaced', f'{name}_output'):
+          x = self.get_variable('replaced', f'{name}_output')
         if index == 0:
           name = f'pos_block_{stage}'
           x = PositionalConvolution(self.dtype, name=name)(x)
