@@ -85,7 +85,7 @@ def read(path: str, class_names: tuple[str, ...]) -> Result:
     UserError: it is not there, is damaged, or is of other data.
   """
   folder = pathlib.Path(path).expanduser().absolute()
-  if not folder.is_dir():
+  if folder.is_file():
     folder = folder.parent
   file = folder / VIEWS
   try:
@@ -98,7 +98,7 @@ def read(path: str, class_names: tuple[str, ...]) -> Result:
         int(content['num_clips']),
         str(folder),
       )
-  except FileNotFoundError as error:
+  except (FileNotFoundError, NotADirectoryError) as error:
     raise UserError(
       f'--compare={path}: there is no {file}; test that run again with '
       '--mode=test, which writes it'
@@ -159,23 +159,25 @@ def class_figures(result: Result) -> list[dict[str, Any]]:
   video has have None.
   """
   probabilities = result.probabilities()
+  predictions = probabilities.argmax(axis=1)
   figures = []
   for number, name in enumerate(result.class_names):
+    value = None
     if result.multi_label:
-      has_it = result.labels[:, number, None] > 0
       quality = 'average_precision'
-      value = (
-        metrics.mean_average_precision(probabilities[:, number, None], has_it)
-        if has_it.any()
-        else None
-      )
+      labels = result.labels[:, number, None]
+      count = np.count_nonzero(labels)
+      if count:
+        value = metrics.mean_average_precision(
+          probabilities[:, number, None], labels
+        )
     else:
-      has_it = result.labels == number
       quality = 'accuracy'
-      value = None
-      if has_it.any():
-        value = float(np.mean(probabilities[has_it].argmax(axis=1) == number))
-    figures.append({'name': name, 'count': int(has_it.sum()), quality: value})
+      of_class = result.labels == number
+      count = np.count_nonzero(of_class)
+      if count:
+        value = float(np.mean(predictions[of_class] == number))
+    figures.append({'name': name, 'count': int(count), quality: value})
   return figures
 
 
@@ -398,8 +400,9 @@ def _in_words(comparison: dict[str, Any]) -> str:
   return (
     f'On {comparison["num_videos"]:,} videos that both runs have, top-1 is '
     f'{comparison["accuracy"]:.1%} here and {comparison["other_accuracy"]:.1%} '
-    f'in the other: {comparison["only_this_right"]:,} videos only this run '
-    f'gets right, {comparison["only_other_right"]:,} only the other. The '
+    f'in the other. Only this run is right on '
+    f'{comparison["only_this_right"]:,} of them, only the other on '
+    f'{comparison["only_other_right"]:,}: the '
     f'difference {is_it} significant (McNemar, exact, two-sided: p = '
     f'{comparison["p_value"]:.3g}).'
   )

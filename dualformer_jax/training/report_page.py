@@ -107,7 +107,7 @@ def page(
   report: dict[str, Any],
   mistakes: Sequence[Mistake] = (),
   confusion: Picture | None = None,
-  reliability: Picture | None = None,
+  reliability: UInt8[np.ndarray, 'h2 w2 3'] | None = None,
 ) -> str:
   """Returns the page, which needs no other file.
 
@@ -241,7 +241,7 @@ def _view_budget(budget: list[dict[str, Any]]) -> str:
 def _pictures(
   report: dict[str, Any],
   confusion: Picture | None,
-  reliability: Picture | None,
+  reliability: UInt8[np.ndarray, 'h2 w2 3'] | None,
 ) -> str:
   figures = ''
   if confusion is not None:
