@@ -19,6 +19,7 @@ import optax
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import loader, records
 from dualformer_jax.input_pipeline.views import Preprocessing
+from dualformer_jax.models import complexity
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import (
   augment,
@@ -357,7 +358,7 @@ def _test(
       'num_clips': preprocessing.num_clips,
       'num_crops': preprocessing.num_crops,
     },
-    **reports.details(result),
+    **reports.details(result, _gflops(make_model(config, data))),
     'checkpoint': folder,
     'dataset': {
       'folder': str(data.folder),
@@ -685,6 +686,13 @@ class _StopSignal:
 
 def _variables(state: steps.TrainState) -> dict[str, Any]:
   return {'params': state.params, 'batch_stats': state.batch_stats}
+
+
+def _gflops(model: DualFormer) -> float:
+  """Returns the billions of multiply-adds that scoring one view takes."""
+  rows = complexity.count(model)
+  used = (r.multiply_adds for r in rows if r.part != complexity.TOKEN_HEAD)
+  return sum(used) / 1e9
 
 
 def _blank(model: DualFormer) -> jax.ShapeDtypeStruct:

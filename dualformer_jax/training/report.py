@@ -85,7 +85,7 @@ def read(path: str, class_names: tuple[str, ...]) -> Result:
     UserError: it is not there, is damaged, or is of other data.
   """
   folder = pathlib.Path(path).expanduser().absolute()
-  if folder.is_file():
+  if folder.name in (REPORT, PAGE, VIEWS):
     folder = folder.parent
   file = folder / VIEWS
   try:
