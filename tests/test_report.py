@@ -540,6 +540,33 @@ def test_two_runs_are_compared(
   assert found['in_words'] in page.text
 
 
+def test_a_run_on_other_videos_is_told_after_the_report(
+  trained, motion_dataset, compilation_cache, tmp_path
+):
+  _, arrays = read(trained)
+  arrays['video_ids'] = np.char.add(arrays['video_ids'], ' of another split')
+  other = tmp_path / 'other'
+  other.mkdir()
+  np.savez(other / 'views.npz', **arrays, allow_pickle=False)
+  workdir = tmp_path / 'workdir'
+  done = training_command.run(
+    '--mode=test',
+    f'--compare={other}',
+    f'--config.init_from={trained}',
+    f'--config.dataset.data_dir={motion_dataset}',
+    '--config.batch_size=8',
+    '--config.test.num_clips=2',
+    workdir=workdir,
+    cache=compilation_cache,
+  )
+  assert done.returncode == 2
+  line = done.stderr.splitlines()[-1]
+  assert line.startswith(f'error: --compare: {other} has none of the 48 videos')
+  figures, _ = read(workdir)
+  assert figures['num_videos'] == 48
+  assert 'comparison' not in figures
+
+
 def test_what_cannot_be_compared_with_is_told(
   trained, motion_dataset, compilation_cache, tmp_path
 ):
