@@ -246,6 +246,8 @@ def initial_state() -> None:
     num_classes=10,
     num_frames=2,
     image_size=16,
+    fine_sizes=((8, 7, 7),),
+    coarse_sizes=((4, 4, 4),),
     dtype='float32',
   )
 

@@ -294,9 +294,9 @@ def test_a_description_that_is_malformed_is_told(copy, changes, expected):
     ({'num_heads': [1, 1, 1, 1]}, r'is \(2, 8, 16\), expected \(1, 16, 16\)'),
     ({'token_label': True}, 'token_linear_0/bias is absent'),
     ({'token_label': 'yes', 'surprise': 1}, 'surprise'),
-    ({'image_size': -64}, 'describes no model'),
-    ({'fine_sizes': [[1, 2, 2]] * 3}, 'describes no model'),
-    ({'dtype': 'float23'}, 'describes no model'),
+    ({'image_size': -64}, 'model.image_size -64'),
+    ({'fine_sizes': [[1, 2, 2]] * 3}, 'expected 4 values'),
+    ({'dtype': 'float23'}, "model.dtype is 'float23'"),
   ],
 )
 def test_a_description_of_another_model_is_told(copy, changes, expected):

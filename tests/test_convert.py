@@ -232,7 +232,7 @@ def test_a_malformed_file_is_one_line_and_nothing_is_written(
     ),
     (
       [*MICRO_FLAGS, '--config.model.dtype=float23'],
-      'config.model describes no model',
+      "model.dtype is 'float23'; expected one of 'float32', 'bfloat16'",
     ),
     ([], '--config must be given to convert a .pth file'),
     (['--dst=other.pth'], 'are both files'),

@@ -218,7 +218,7 @@ def test_the_report_says_what_is_stored(built):
       'classes': dict.fromkeys(NAMES, 6),
     }
     lines += [
-      [split, e.video_id, e.label, hashlib.sha256(e.video).hexdigest()]
+      [split, e.video_id, [e.label], hashlib.sha256(e.video).hexdigest()]
       for e in examples
     ]
   content = ''.join(json.dumps(line) + '\n' for line in sorted(lines))

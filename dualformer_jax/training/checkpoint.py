@@ -276,8 +276,8 @@ def read_description(folder: pathlib.Path) -> Description:
     fields = json.loads(text)['custom_metadata']['dualformer']
     if fields.pop('format') != _FORMAT:
       raise UserError(
-        f'{folder} was written by another version of dualformer_jax; expected '
-        f'format {_FORMAT}: update dualformer_jax'
+        f'was written by another version of dualformer_jax; expected format '
+        f'{_FORMAT}: update dualformer_jax'
       )
     for name, kind in (
       ('class_names', list),
@@ -295,8 +295,8 @@ def read_description(folder: pathlib.Path) -> Description:
     if len(description.class_names) != description.build_model().num_classes:
       raise ValueError('class_names does not have one name for each class')
     return description
-  except UserError:
-    raise
+  except UserError as error:
+    raise UserError(f'{folder}: {error}') from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise UserError(
       f'{folder} is not a whole checkpoint of dualformer_jax '
