@@ -33,18 +33,13 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import auto as tqdm
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import storing
+from dualformer_jax.input_pipeline import decoding, storing
 
 Video = storing.Video
 REPORT = 'report.json'
 SUMMARY = 'summary.txt'
 MISSING = 'missing.txt'
-VIDEO_FILES = frozenset({
-    '.3g2', '.3gp', '.asf', '.avi', '.divx', '.dv', '.f4v', '.flv', '.gif',
-    '.h264', '.ivf', '.m2ts', '.m2v', '.m4v', '.mkv', '.mov', '.mp4', '.mpe',
-    '.mpeg', '.mpg', '.mts', '.mxf', '.nut', '.ogg', '.ogv', '.qt', '.rm',
-    '.rmvb', '.ts', '.vob', '.webm', '.wmv',
-})  # fmt: skip
+VIDEO_FILES = decoding.SUFFIXES
 FRAME_FILES = frozenset({'.jpg', '.jpeg', '.png'})
 
 _Item = TypeVar('_Item')
