@@ -407,12 +407,14 @@ def test_the_workdir_of_another_model_is_left_alone(
   workdir, _ = trained
   before = files(workdir)
   done = train(
-    '--config.model.embed_dims=(32,)',
+    '--config.model.image_size=64',
     f'--config.dataset.data_dir={motion_dataset}',
     workdir=workdir,
   )
   assert_one_line(
-    done, f'{workdir}/checkpoints/18 is of another model', 'model.embed_dims'
+    done,
+    f'{workdir}/checkpoints/18 is of another model',
+    'model.image_size is 64, there 32',
   )
   assert files(workdir) == before
 
