@@ -41,7 +41,8 @@ def get_config() -> config_dict.ConfigDict:
         'random_crop': True,
         'flip': True,  # left and right, in half of the training clips
         'repeats': 1,  # training clips of each video that is read
-        # RGB, on the scale of 0 to 255.
+        'class_balanced': False,  # every class as often as any other
+        # RGB, on the scale of 0 to 255; (): those of init_from.
         'pixel_mean': (123.675, 116.28, 103.53),
         'pixel_std': (58.395, 57.12, 57.375),
         'num_threads': 16,  # that read and decode
@@ -59,13 +60,28 @@ def get_config() -> config_dict.ConfigDict:
         'mixup': 0.0,
         'cutmix': 0.0,
       },
+      # Besides the label of a clip, soft labels of its tokens, for a model with
+      # token_label: from a teacher's checkpoint folder, asked in each step, or
+      # from what dualformer_jax.token_labels stored of one.
+      'token_labels': {
+        'teacher': '',
+        'stored': '',
+        'top': 5,  # scores that are kept of a token; the others become 0
+        'weight': 0.5,  # share of the loss
+        'dtype': 'bfloat16',  # what the teacher computes in
+      },
       # Devices along each axis; -1: all that remain.
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
       'batch_size': 64,  # clips an optimiser step, over all devices
       'accumulation_steps': 1,  # passes that a batch is split into
       'num_epochs': 30,
       'seed': 0,
-      'init_from': '',  # a checkpoint folder to start from
+      # What to start from: a checkpoint folder, the workdir of a run, or a .pth
+      # file, of videos or of images. Classes, frames, size may be others.
+      'init_from': '',
+      'label_smoothing': 0.0,
+      'ema_decay': 0.0,  # 0.9999, say: use an average of the parameters
+      'overfit_steps': 0,  # of a check on one batch, before training
       'optimizer': {
         'learning_rate': 1e-3,
         'weight_decay': 0.02,
@@ -80,9 +96,17 @@ def get_config() -> config_dict.ConfigDict:
           ('backbone/.*', 0.1, 1.0),
           ('.*', 1.0, 1.0),
         ),
+        'layer_decay': 1.0,  # of the rate, for each layer away from the head
+        'max_grad_norm': 0.0,  # clips gradients to it; 0: never
+        'frozen': '',  # a regular expression of names that are not trained
       },
       # Clips along a video, times crops along its longer side (1 or 3).
-      'validation': {'every_epochs': 5, 'num_clips': 1, 'num_crops': 1},
+      'validation': {
+        'every_epochs': 5,
+        'num_clips': 1,
+        'num_crops': 1,
+        'patience': 0,  # stop after as many without a better one; 0: never
+      },
       'test': {'num_clips': 4, 'num_crops': 1},
       'checkpoint': {
         'every_steps': 1000,

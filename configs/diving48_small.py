@@ -9,7 +9,7 @@ Before it, prepare the videos:
   tfds build data/diving48 --manual_dir=VIDEOS --data_dir=DATA
 
 INIT is a DualFormer-S of Kinetics-400: a workdir of configs/k400_small.py,
-or a published .pth converted with dualformer_jax.convert.
+or a published .pth file.
 """
 
 import pathlib

@@ -10,7 +10,7 @@ Before it, prepare the videos:
     --config=split1
 
 INIT is a DualFormer-S of Kinetics-400: a workdir of configs/k400_small.py,
-or a published .pth converted with dualformer_jax.convert.
+or a published .pth file.
 """
 
 import pathlib

@@ -4,12 +4,12 @@ python -m dualformer_jax.main --config=configs/k400_small.py \
 
 DualFormer-S on Kinetics-400: published with 80.6% top-1.
 
-Before it, prepare the videos, and inflate a DualFormer-S of images
-(ImageNet-1K) to make INIT:
+Before it, prepare the videos:
 
   tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
-  python -m dualformer_jax.convert --config=configs/k400_small.py \
-    --src=IMAGES.pth --dst=INIT
+
+INIT is the .pth file of a DualFormer-S of images (ImageNet-1K).
+It is inflated to one of videos.
 """
 
 import pathlib

@@ -1,15 +1,19 @@
 r"""
 python -m dualformer_jax.main --config=configs/k400_small_tokenlabel.py \
-  --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
+  --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA \
+  --config.token_labels.teacher=TEACHER
 
 DualFormer-S with the token-label head on Kinetics-400.
 
-Before it, prepare the videos, and inflate a DualFormer-S of images
-(ImageNet-1K) to make INIT:
+Before it, prepare the videos:
 
   tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
-  python -m dualformer_jax.convert --config=configs/k400_small_tokenlabel.py \
-    --src=IMAGES.pth --dst=INIT
+
+INIT is the .pth file of a DualFormer-S of images (ImageNet-1K).
+It is inflated to one of videos.
+TEACHER is a DualFormer-B of the same classes: a workdir of k400_base.py,
+or a published .pth converted with dualformer_jax.convert. To ask it only once,
+see dualformer_jax.token_labels.
 """
 
 import pathlib

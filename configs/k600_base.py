@@ -4,12 +4,12 @@ python -m dualformer_jax.main --config=configs/k600_base.py \
 
 DualFormer-B on Kinetics-600: published with 85.2% top-1.
 
-Before it, prepare the videos, and inflate a DualFormer-B of images
-(ImageNet-22K) to make INIT:
+Before it, prepare the videos:
 
   tfds build data/kinetics600 --manual_dir=VIDEOS --data_dir=DATA
-  python -m dualformer_jax.convert --config=configs/k600_base.py \
-    --src=IMAGES.pth --dst=INIT
+
+INIT is the .pth file of a DualFormer-B of images (ImageNet-22K).
+It is inflated to one of videos.
 """
 
 import pathlib

@@ -7,8 +7,8 @@ VIDEOS/CLASS/video.mp4. Before it, prepare them:
 
   tfds build data/video_folder --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is a DualFormer-T of Kinetics-400: a workdir of configs/k400_tiny.py, or a
-published .pth converted with dualformer_jax.convert.
+INIT is a DualFormer-T, of Kinetics-400 say: a published .pth file, a checkpoint
+folder, or the workdir of a run. Pixels are normalised as they were for it.
 """
 
 import pathlib
@@ -24,6 +24,8 @@ def get_config() -> config_dict.ConfigDict:
   config = common['get_config']()
   config.model.num_classes = 0  # as many as there are folders
   config.dataset.name = 'video_folder'
+  config.dataset.pixel_mean = ()
+  config.dataset.pixel_std = ()
   config.batch_size = 8
   config.optimizer.learning_rate = 2e-4
   config.optimizer.warmup_epochs = 1.0

@@ -3,6 +3,9 @@ r"""Converts a PyTorch .pth file to a checkpoint folder, or the other way.
   python -m dualformer_jax.convert --config=configs/k400_tiny.py \
     --src=model.pth --dst=DIR [--class_names=FILE] [--config.FIELD=VALUE ...]
 
+  python -m dualformer_jax.convert --inflate --config=configs/k400_tiny.py \
+    --src=images.pth --dst=DIR
+
   python -m dualformer_jax.convert --src=DIR --dst=model.pth
 
 The config says what the .pth file does not: heads, frames, normalisation, test
@@ -20,7 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from dualformer_jax import command_line, pytorch
+from dualformer_jax import command_line, pytorch, transfer
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.records import PreparedDataset
 from dualformer_jax.models.dualformer import DualFormer
@@ -49,6 +52,12 @@ _CLASS_NAMES = flags.DEFINE_string(
   "are those of the config's dataset, where that is prepared.",
 )
 
+_INFLATE = flags.DEFINE_bool(
+  'inflate',
+  False,
+  'Make a model of videos of one of images; its head is made anew.',
+)
+
 # Part of a PyTorch name -> row of the table that is printed.
 _GROUPS = (
   (
@@ -67,6 +76,7 @@ def pth_to_folder(
   dst: pathlib.Path,
   config: Any,
   class_names_file: str = '',
+  inflate: bool = False,
 ) -> str:
   """Converts a .pth file to a checkpoint folder.
 
@@ -78,6 +88,8 @@ def pth_to_folder(
       is 0. `dataset` and `test` say how videos are prepared.
     class_names_file: text with a name a line, or '' for the names of the
       prepared dataset or, failing that, 'class 0', 'class 1' ...
+    inflate: whether the file holds a model of images, to be made one of videos
+      with a head made anew; see transfer.transfer.
 
   Returns:
     What was done, in lines for the user.
@@ -88,13 +100,14 @@ def pth_to_folder(
   """
   dropped: list[str] = []
   state_dict = pytorch.read_pth(src, dropped)
-  embedding = state_dict.get('patch_embeds.0.proj.weight')
-  if embedding is not None and embedding.ndim == 4:
+  if transfer.is_image_model(state_dict) != inflate:
     raise UserError(
-      f'{src} is a model of images, which has to be inflated to one of videos; '
-      'that is not supported yet: expected a checkpoint of a video model'
+      f'{src} is a model of videos: leave --inflate out'
+      if inflate
+      else f'{src} is a model of images: add --inflate to make one of videos '
+      'of it, or train from it with --config.init_from'
     )
-  found = pytorch.num_classes(state_dict)
+  found = None if inflate else pytorch.num_classes(state_dict)
   wanted = config.model.num_classes
   if found is not None and wanted not in (0, found):
     raise UserError(
@@ -107,9 +120,21 @@ def pth_to_folder(
   fields = {
     **config.model.to_dict(),
     'num_classes': len(names),
-    'token_label': pytorch.has_token_head(state_dict),
+    'token_label': config.model.token_label
+    if inflate
+    else pytorch.has_token_head(state_dict),
   }
-  shapes = checkpoint.variable_shapes(DualFormer(**fields), 'config.model')
+  model = DualFormer(**fields)
+  shapes = checkpoint.variable_shapes(model, 'config.model')
+  became: list[str] = []
+  if inflate:
+    start: Any = jax.jit(model.init)(
+      jax.random.key(config.seed), np.zeros(model.input_shape(), np.float32)
+    )
+    result = transfer.transfer(
+      state_dict, pytorch.to_pytorch(start), keep_head=False, name=str(src)
+    )
+    state_dict, became = result.state_dict, ['', *result.table()]
   variables, notes = pytorch.from_pytorch(state_dict, shapes, source=str(src))
   preprocessing = loop.make_preprocessing(config, config.test)
   description = checkpoint.Description(
@@ -122,7 +147,9 @@ def pth_to_folder(
     ('classes', f'{len(names)}, from {names[0]!r} to {names[-1]!r}'),
     (
       'token-label head',
-      'yes, as in the file' if fields['token_label'] else 'none in the file',
+      ('made anew' if inflate else 'yes, as in the file')
+      if fields['token_label']
+      else 'none',
     ),
     (
       'clips',
@@ -145,6 +172,7 @@ def pth_to_folder(
       f'{src} -> {dst}',
       '',
       *_table(state_dict),
+      *became,
       '',
       *(f'{name + ":":18}{value}' for name, value in facts),
       *(f'note: {note}' for note in (names_note, *notes)),
@@ -265,10 +293,10 @@ def main() -> None:
       'of them'
     )
   if to_pth:
-    if _CONFIG.value is not None or _CLASS_NAMES.value:
+    if _CONFIG.value is not None or _CLASS_NAMES.value or _INFLATE.value:
       raise UserError(
-        '--config and --class_names have no effect on a .pth file; leave them '
-        'out, or give a folder as --dst'
+        '--config, --class_names and --inflate have no effect on a .pth file; '
+        'leave them out, or give a folder as --dst'
       )
     print(folder_to_pth(src, dst))
     return
@@ -282,7 +310,9 @@ def main() -> None:
       '--config must be given to convert a .pth file: the recipe that it was '
       'trained with, such as --config=configs/k400_tiny.py'
     )
-  print(pth_to_folder(src, dst, _CONFIG.value, _CLASS_NAMES.value))
+  print(
+    pth_to_folder(src, dst, _CONFIG.value, _CLASS_NAMES.value, _INFLATE.value)
+  )
 
 
 def cli() -> None:

@@ -270,11 +270,39 @@ def test_the_number_of_classes_is_that_of_the_file_or_of_both(tmp_path, pth):
   assert checkpoint.load_model(dst)[1].model['num_classes'] == 10
 
 
-def test_an_image_checkpoint_is_told_from_a_video_one(tmp_path):
-  pth = tmp_path / 'image.pth'
-  pytorch.write_pth(pth, reference_arrays.state_dict('micro_2d', 1))
-  with pytest.raises(UserError, match='model of images.*not supported yet'):
-    convert.pth_to_folder(pth, tmp_path / 'folder', _micro_config())
+def test_an_image_checkpoint_is_told_from_a_video_one(tmp_path, pth):
+  images = tmp_path / 'image.pth'
+  pytorch.write_pth(images, reference_arrays.state_dict('micro_2d', 1))
+  with pytest.raises(UserError, match='model of images: add --inflate'):
+    convert.pth_to_folder(images, tmp_path / 'folder', _micro_config())
+  with pytest.raises(UserError, match='model of videos: leave --inflate out'):
+    convert.pth_to_folder(
+      pth, tmp_path / 'folder', _micro_config(), inflate=True
+    )
+  assert not (tmp_path / 'folder').exists()
+
+
+def test_an_image_checkpoint_is_inflated(tmp_path):
+  images = reference_arrays.state_dict('micro_2d', 1)
+  pytorch.write_pth(tmp_path / 'image.pth', images)
+  done = _convert(
+    '--inflate',
+    f'--src={tmp_path}/image.pth',
+    f'--dst={tmp_path}/folder',
+    *MICRO_FLAGS,
+  )
+  assert (done.returncode, done.stderr) == (0, '')
+  for words in ('inflated from images:', 'made anew:', 'head.weight'):
+    assert words in done.stdout
+  variables, description = checkpoint.load_model(tmp_path / 'folder')
+  assert len(description.class_names) == 10
+  state_dict = pytorch.to_pytorch(variables)
+  kernel = state_dict['backbone.patch_embeds.0.proj.weight']
+  image = images['patch_embeds.0.proj.weight']
+  for time in range(2):
+    np.testing.assert_array_equal(kernel[:, :, time], image / 2)
+  head = state_dict['cls_head.fc_cls.weight']
+  assert 0.005 < head.std() < 0.015  # initialised with 0.01
 
 
 def test_another_recipe_is_told_by_the_shapes(tmp_path, pth):

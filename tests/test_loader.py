@@ -776,3 +776,30 @@ def test_the_short_side_may_be_larger_than_the_crop(prepared_datasets):
     example.video, views.Preprocessing(4, 2, 24), short_side=28
   )
   np.testing.assert_array_equal(batch['views'][1], expected)
+
+
+def test_classes_come_equally_often_if_they_are_to(prepared_datasets):
+  dataset = open_dataset(prepared_datasets)
+  labels = dataset.labels()
+  np.testing.assert_array_equal(
+    labels, [dataset[i].label for i in range(len(dataset))]
+  )
+  present = sorted(set(labels.tolist()))
+  assert len({np.count_nonzero(labels == k) for k in present}) > 1
+  order = loader._order(dataset, 7, class_balanced=True)
+  rounds = [
+    [int(labels[order[turn * len(present) + i]]) for i in range(len(present))]
+    for turn in range(12)
+  ]
+  assert all(sorted(classes) == present for classes in rounds)
+  assert len({tuple(classes) for classes in rounds}) > 1
+  # Of each class, every video before any comes again.
+  for label in present:
+    members = np.flatnonzero(labels == label)
+    places = [
+      order[turn * len(present) + rounds[turn].index(label)]
+      for turn in range(len(members))
+    ]
+    assert sorted(places) == members.tolist()
+  again = open_dataset(prepared_datasets)  # from what was kept
+  np.testing.assert_array_equal(again.labels(), labels)

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -258,3 +259,102 @@ def test_updates_equal_those_of_pytorch():
     np.testing.assert_allclose(
       result[name], tensor.detach().numpy(), rtol=1e-5, atol=1e-6
     )
+
+
+def test_gradients_longer_than_allowed_are_scaled_down_together():
+  params = {'a': jnp.zeros(2), 'b': jnp.zeros(1)}
+  # With b1 = b2 = 0 Adam divides a gradient by its size + eps.
+  large = optimizer.make_optimizer(
+    params, 1.0, 0.0, [('.*', 1.0, 1.0)], b1=0.0, b2=0.0, eps=1.0
+  )
+  clipped = optimizer.make_optimizer(
+    params,
+    1.0,
+    0.0,
+    [('.*', 1.0, 1.0)],
+    b1=0.0,
+    b2=0.0,
+    eps=1.0,
+    max_grad_norm=1.0,
+  )
+  gradients = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array([4.0])}  # norm 5
+  for tx, scale in ((large, 1.0), (clipped, 0.2)):
+    updates, _ = tx.update(gradients, tx.init(params), params)
+    np.testing.assert_allclose(
+      updates['a'][0], -3 * scale / (3 * scale + 1), rtol=1e-5
+    )
+    np.testing.assert_allclose(
+      updates['b'][0], -4 * scale / (4 * scale + 1), rtol=1e-5
+    )
+  small = {'a': jnp.array([0.3, 0.0]), 'b': jnp.array([0.4])}  # norm 0.5
+  updates, _ = clipped.update(small, clipped.init(params), params)
+  np.testing.assert_allclose(updates['a'][0], -0.3 / 1.3, rtol=1e-5)
+
+
+def _layers() -> Any:
+  names = (
+    'backbone/patch_embeds_0/proj/kernel',
+    'backbone/blocks_0_0/attn/qkv/kernel',
+    'backbone/blocks_0_1/mlp/fc1/kernel',
+    'backbone/pos_block_0/proj_0/kernel',
+    'backbone/patch_embeds_1/norm/scale',
+    'backbone/blocks_1_0/norm1/bias',
+    'backbone/norm/scale',
+    'cls_head/fc_cls/kernel',
+  )
+  params: Any = {}
+  for name in names:
+    *folders, leaf = name.split('/')
+    node = params
+    for folder in folders:
+      node = node.setdefault(folder, {})
+    node[leaf] = jnp.ones(3)
+  return params
+
+
+def test_rates_fall_with_each_layer_away_from_the_head():
+  params = _layers()
+  tx = optimizer.make_optimizer(
+    params, 1.0, 0.5, [('.*', 1.0, 1.0)], layer_decay=0.5
+  )
+  zeros = jax.tree.map(jnp.zeros_like, params)
+  updates, _ = tx.update(zeros, tx.init(params), params)
+  # Without gradients there is decay alone: half of the parameter, times rate.
+  # Three blocks: the first is three layers from the head.
+  expected = {
+    'backbone/patch_embeds_0/proj/kernel': 1 / 8,
+    'backbone/blocks_0_0/attn/qkv/kernel': 1 / 8,
+    'backbone/pos_block_0/proj_0/kernel': 1 / 8,
+    'backbone/blocks_0_1/mlp/fc1/kernel': 1 / 4,
+    'backbone/patch_embeds_1/norm/scale': 1 / 2,
+    'backbone/blocks_1_0/norm1/bias': 1 / 2,
+    'backbone/norm/scale': 1.0,
+    'cls_head/fc_cls/kernel': 1.0,
+  }
+  for name, update in _by_name(updates).items():
+    np.testing.assert_allclose(update, -0.5 * expected[name], rtol=1e-6)
+
+
+def test_frozen_parameters_get_no_update_whatever_the_gradient():
+  params = _layers()
+  tx = optimizer.make_optimizer(
+    params, 1.0, 0.5, [('.*', 1.0, 1.0)], frozen='backbone/.*_0.*'
+  )
+  ones = jax.tree.map(jnp.ones_like, params)
+  updates, _ = tx.update(ones, tx.init(params), params)
+  for name, update in _by_name(updates).items():
+    assert bool(np.any(update)) != ('_0' in name), name
+
+
+@pytest.mark.parametrize(
+  ('options', 'message'),
+  [
+    ({'frozen': 'backbone'}, 'matches no parameter'),
+    ({'frozen': '('}, 'malformed'),
+    ({'layer_decay': 0.0}, 'layer_decay 0.0'),
+    ({'max_grad_norm': -1.0}, 'max_grad_norm is -1.0'),
+  ],
+)
+def test_options_that_cannot_be_meant_are_refused(options, message):
+  with pytest.raises(errors.UserError, match=message):
+    optimizer.make_optimizer(_layers(), 1.0, 0.1, [('.*', 1.0, 1.0)], **options)

@@ -274,3 +274,89 @@ def test_probabilities_are_averaged_over_views():
     else:
       p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(actual, p.mean(1), atol=1e-5)
+
+
+def test_smoothed_labels_are_spread_over_the_classes():
+  rng = np.random.default_rng(0)
+  logits = rng.standard_normal((6, 4)).astype(np.float32)
+  labels = np.array([0, 3, 1, 1, 2, 0], np.int32)
+  log_shares = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  shares = np.full((6, 4), 0.1 / 4)
+  shares[np.arange(6), labels] += 0.9
+  for given in (labels, np.eye(4, dtype=np.float32)[labels]):
+    actual = losses.cross_entropy(
+      jnp.asarray(logits), jnp.asarray(given), label_smoothing=0.1
+    )
+    np.testing.assert_allclose(
+      actual, -(shares * log_shares).sum(-1).mean(), rtol=1e-5
+    )
+  several = rng.integers(0, 2, (6, 4)).astype(np.float32)
+  smooth = np.where(several == 1, 0.95, 0.05)
+  p = 1 / (1 + np.exp(-logits))
+  actual = losses.cross_entropy(
+    jnp.asarray(logits),
+    jnp.asarray(several),
+    multi_label=True,
+    label_smoothing=0.1,
+  )
+  expected = -(smooth * np.log(p) + (1 - smooth) * np.log(1 - p)).mean()
+  np.testing.assert_allclose(actual, expected, rtol=1e-5)
+
+
+def test_the_average_and_what_is_frozen_over_three_steps():
+  model = DualFormer(**{**SMALL, 'coarse_sizes': ((2, 2, 2), None)})
+  frozen = r'backbone/(patch_embeds|blocks)_0.*'
+  optimizer = optimizers.make_optimizer(
+    step.init_state(model, optax.identity(), 0).params,
+    0.01,
+    0.1,
+    common['get_config']().optimizer.multipliers,
+    frozen=frozen,
+  )
+  state = first = step.init_state(model, optimizer, seed=0, with_ema=True)
+  rng = np.random.default_rng(0)
+  batch = {
+    'clips': jnp.asarray(rng.standard_normal((4, 8, 32, 32, 3)), jnp.float32),
+    'labels': jnp.asarray(rng.integers(0, 5, 4), jnp.int32),
+  }
+  train_step = jax.jit(
+    lambda state: step.train_step(
+      state,
+      batch,
+      model=model,
+      optimizer=optimizer,
+      augment=lambda key, clips: clips,
+      ema_decay=0.8,
+      frozen=frozen,
+      seed=0,
+    )[0]
+  )
+  average = jax.tree.map(np.asarray, first.params)
+  for _ in range(3):
+    state = train_step(state)
+    average = jax.tree.map(
+      lambda old, new: 0.8 * old + 0.2 * np.asarray(new), average, state.params
+    )
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-7),
+    state.ema_params,
+    average,
+  )
+  assert state.variables()['params'] is state.ema_params
+
+  stays = moves = 0
+  for tree, then in (
+    (state.params, first.params),
+    (state.batch_stats, first.batch_stats),
+  ):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    for (path, now), old in zip(leaves, jax.tree.leaves(then), strict=True):
+      name = jax.tree_util.keystr(path, simple=True, separator='/')
+      same = np.array_equal(now, old)
+      if name.startswith(('backbone/patch_embeds_0/', 'backbone/blocks_0_')):
+        assert same, name
+        stays += 1
+      else:
+        moves += not same
+  assert stays > 30  # the statistics of the coarse level among them
+  assert moves > 30

@@ -24,6 +24,7 @@ from dualformer_jax.input_pipeline import (
   decoding,
   rand_augment,
   records,
+  stored_labels,
   views,
 )
 
@@ -49,6 +50,8 @@ def train_loader(
   repeats: int = 1,
   rand_augment_ops: int = 0,
   rand_augment_magnitude: int = 9,
+  class_balanced: bool = False,
+  token_labels: stored_labels.StoredLabels | None = None,
 ) -> TrainIterator:
   """Endless batches of random clips, every video once in each epoch.
 
@@ -76,13 +79,20 @@ def train_loader(
     rand_augment_ops: operations of RandAugment for each clip, of which the
       geometric ones are done here; 0 for none.
     rand_augment_magnitude: of these operations, 0..10.
+    class_balanced: every class as often as any other: of each class in turn,
+      in an order of its own, the videos one after the other. An epoch is then
+      as many videos, but not every one once.
+    token_labels: of the same videos, to be cut as the clips are.
 
   Returns:
     An iterator over dicts of `clips`, uint8 [rows, frames, size, size, 3],
     `labels`, int32 [rows] or with several labels float32 [rows, classes], and
     `video_ids`, a list of str; with RandAugment also `color_ops`, int32, and
     `magnitudes`, float32, both [rows, operations]: see
-    rand_augment.Operations. It has get_state and set_state.
+    rand_augment.Operations; and with token labels `token_values`, float32,
+    `token_classes`, int32, both [rows, frames / 2, i, j, top], and
+    `token_boxes`, float32 [rows, 4]: see stored_labels and views.Place. It has
+    get_state and set_state.
 
   Raises:
     UserError: an argument is out of range, or (from the iterator) no video can
@@ -114,6 +124,8 @@ def train_loader(
     repeats,
     rand_augment_ops,
     rand_augment_magnitude,
+    class_balanced,
+    token_labels,
   )
   return TrainIterator(stream, num_threads, prefetch)
 
@@ -197,6 +209,7 @@ class _Clip:
   label: int | tuple[int, ...]
   video_id: str
   operations: rand_augment.Operations | None
+  tokens: dict[str, np.ndarray]
 
 
 class _TrainStream:
@@ -213,6 +226,8 @@ class _TrainStream:
     repeats: int,
     rand_augment_ops: int,
     rand_augment_magnitude: int,
+    class_balanced: bool,
+    token_labels: stored_labels.StoredLabels | None,
   ):
     self.dataset = dataset
     self.rows = rows
@@ -224,8 +239,8 @@ class _TrainStream:
     self._random_crop = random_crop
     self._rand_augment_ops = rand_augment_ops
     self._rand_augment_magnitude = rand_augment_magnitude
-    order = grain.MapDataset.range(len(dataset)).shuffle(seed).repeat()
-    self._order: Any = order
+    self._token_labels = token_labels
+    self._order: Any = _order(dataset, seed, class_balanced)
     self._order[0]  # Grain sets up what threads then share.
     self._lock = threading.Lock()
 
@@ -254,16 +269,18 @@ class _TrainStream:
         example = self.dataset[index]
         name = example.video_id
         rngs = [np.random.default_rng((self.seed, p)) for p in positions]
+        cuts: list[views.Place] = []
         clips = views.train_clip(
           example.video,
           self._preprocessing,
           rngs,
           short_side=self._short_side,
           random_crop=self._random_crop,
+          places=cuts,
         )
         return [
-          self._augmented(pixels, rng, example)
-          for pixels, rng in zip(clips, rngs, strict=True)
+          self._augmented(pixels, rng, example, self._tokens(index, cut))
+          for pixels, rng, cut in zip(clips, rngs, cuts, strict=True)
         ]
       except _FAILURES as caught:
         error = caught
@@ -281,6 +298,7 @@ class _TrainStream:
     pixels: UInt8[np.ndarray, 't h w 3'],
     rng: np.random.Generator,
     example: records.Example,
+    tokens: dict[str, np.ndarray],
   ) -> _Clip:
     operations = None
     if self._rand_augment_ops:
@@ -289,7 +307,18 @@ class _TrainStream:
         rng, self._rand_augment_ops, self._rand_augment_magnitude, p.image_size
       )
       pixels = rand_augment.warp(pixels, operations.matrix, p.pixel_mean)
-    return _Clip(pixels, example.label, example.video_id, operations)
+    return _Clip(pixels, example.label, example.video_id, operations, tokens)
+
+  def _tokens(self, index: int, cut: views.Place) -> dict[str, np.ndarray]:
+    if self._token_labels is None:
+      return {}
+    # A token stands for two frames.
+    values, classes = self._token_labels.at(index, cut.times[::2])
+    return {
+      'token_values': values,
+      'token_classes': classes,
+      'token_boxes': np.array(cut.box, np.float32),
+    }
 
   def _note(self, name: str, error: errors.UserError) -> None:
     with self._lock:
@@ -303,6 +332,47 @@ class _TrainStream:
         number,
         _reason(error),
       )
+
+
+def _order(
+  dataset: records.PreparedDataset, seed: int, class_balanced: bool
+) -> Any:
+  """The number of the video at each place of the endless stream."""
+  videos = grain.MapDataset.range(len(dataset))
+  if not class_balanced:
+    return videos.shuffle(seed).repeat()
+  if dataset.multi_label:
+    raise errors.UserError(
+      'class_balanced=True is for videos with one label each, but those of'
+      f' {dataset.folder} may have several; set it to False'
+    )
+  labels = dataset.labels()
+  orders = [
+    grain.MapDataset.source(members).shuffle(seed).repeat()
+    for label in range(len(dataset.class_names))
+    if len(members := np.flatnonzero(labels == label))
+  ]
+  return _BalancedOrder(orders, seed)
+
+
+@dataclasses.dataclass(frozen=True)
+class _BalancedOrder:
+  """Round by round, a video of every class, the classes in an order at random.
+
+  Attributes:
+    orders: of each class that has videos: their numbers, endless.
+    seed: decides on the order of the classes in each round.
+  """
+
+  orders: list[Any]
+  seed: int
+
+  def __getitem__(self, place: int) -> int:
+    turn, index = divmod(place, len(self.orders))
+    classes = np.random.default_rng((self.seed, turn)).permutation(
+      len(self.orders)
+    )
+    return int(self.orders[classes[index]][turn])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,6 +441,8 @@ class TrainIterator(Iterator[Batch]):
     if drawn:
       batch['color_ops'] = np.stack([ops.color_ops for ops in drawn])
       batch['magnitudes'] = np.stack([ops.magnitudes for ops in drawn])
+    for name in clips[0].tokens:
+      batch[name] = np.stack([clip.tokens[name] for clip in clips])
     return batch
 
   def get_state(self) -> dict[str, Any]:

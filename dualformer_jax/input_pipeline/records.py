@@ -21,9 +21,11 @@ import pathlib
 import re
 import struct
 import tempfile
+import time
 from typing import Any, BinaryIO, Protocol, SupportsIndex
 import zipfile
 
+from absl import logging
 from array_record.python import array_record_data_source
 from google.protobuf import (
   descriptor_pb2,
@@ -41,6 +43,7 @@ from dualformer_jax import errors
 _HEADER = struct.Struct('<QI')
 _FOOTER = struct.Struct('<I')
 _SCAN_THREADS = 16
+_SECONDS_BETWEEN_LINES = 10
 # What reading and parsing a record may raise; ArrayRecord's is a RuntimeError.
 _READ_FAILURES = (
   OSError,
@@ -192,6 +195,49 @@ class PreparedDataset:
         f'record {place} of split {self.split!r} cannot be read'
         f' ({self._records.where(place)}): {reason}'
       ) from error
+
+  def labels(self) -> Int64[np.ndarray, ' n']:
+    """The class of each video, -1 where its record cannot be read.
+
+    Reads the whole split the first time, and keeps what it found beside it.
+
+    Raises:
+      ValueError: the videos may have several classes.
+    """
+    if self.multi_label:
+      raise ValueError(f'the videos of {self.folder} may have several classes')
+    path = self.folder / f'{self.split}.labels.npz'
+    kept = _load_labels(path, self.fingerprint, len(self))
+    if kept is not None:
+      return kept
+
+    def label(index: int) -> int:
+      try:
+        found = self[index].label
+      except RecordError:
+        return -1
+      assert isinstance(found, int)
+      return found
+
+    labels = np.empty(len(self), np.int64)
+    start = last_line = time.monotonic()
+    with futures.ThreadPoolExecutor(_SCAN_THREADS) as threads:
+      for index, found in enumerate(threads.map(label, range(len(self)))):
+        labels[index] = found
+        now = time.monotonic()
+        if now - last_line > _SECONDS_BETWEEN_LINES:
+          last_line = now
+          rate = (index + 1) / (now - start)
+          logging.info(
+            'Reading the labels of %s, once: %d of %d, %.0f/s, %.0f s left',
+            self.folder,
+            index + 1,
+            len(self),
+            rate,
+            (len(self) - index - 1) / rate,
+          )
+    _save_arrays(path, fingerprint=np.array(self.fingerprint), labels=labels)
+    return labels
 
   def _parse(self, record: bytes) -> Example:
     features = _example_class().FromString(record).features.feature
@@ -371,7 +417,7 @@ class _TFRecords:
       for path, length, found in zip(paths, lengths, starts, strict=True):
         _check_count(path, len(found) - 1, length)
       starts = np.concatenate(starts)
-      _save_index(index_path, state, starts)
+      _save_arrays(index_path, state=state, starts=starts)
     self.starts = starts
 
   def _place(self, index: int) -> tuple[str, int, int]:
@@ -506,12 +552,21 @@ def _load_index(
   return starts
 
 
-def _save_index(
-  path: pathlib.Path,
-  state: Int64[np.ndarray, 'shards 2'],
-  starts: Int64[np.ndarray, ' n'],
-) -> None:
-  """Keeps the index, unless the folder cannot be written to.
+def _load_labels(
+  path: pathlib.Path, fingerprint: str, count: int
+) -> Int64[np.ndarray, ' n'] | None:
+  """The kept labels; None where there are none that fit."""
+  try:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as content:
+      kept, labels = str(content['fingerprint']), content['labels']
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    return None
+  fits = labels.dtype == np.int64 and labels.shape == (count,)
+  return labels if kept == fingerprint and fits else None
+
+
+def _save_arrays(path: pathlib.Path, **arrays: Any) -> None:
+  """Keeps arrays in a file, unless the folder cannot be written to.
 
   Moved into place whole: other processes may do the same at the same time.
   """
@@ -521,7 +576,7 @@ def _save_index(
       dir=path.parent, prefix=f'.{path.name}.', delete=False
     ) as file:
       name = file.name
-      np.savez(file, state=state, starts=starts)
+      np.savez(file, **arrays)
     os.chmod(name, 0o644)
     os.replace(name, path)
   except OSError:

@@ -59,6 +59,20 @@ class Preprocessing:
       )
 
 
+@dataclasses.dataclass(frozen=True)
+class Place:
+  """Where in its video a clip was cut.
+
+  Attributes:
+    times: number of each frame, not looped: of a video that is too short they
+      go on after its last frame.
+    box: top, left, height and width of the crop, as shares of the frame.
+  """
+
+  times: Int[np.ndarray, ' t']
+  box: tuple[float, float, float, float]
+
+
 def test_views(
   video: Video,
   preprocessing: Preprocessing,
@@ -97,6 +111,7 @@ def train_clip(
   *,
   short_side: int = 256,
   random_crop: bool = True,
+  places: list[Place] | None = None,
 ) -> UInt8[np.ndarray, '*clips frames size size 3']:
   """One clip at random, cropped at random, the same crop in all its frames.
 
@@ -109,6 +124,7 @@ def train_clip(
       as it would alone; the frames of all are decoded in one go.
     short_side: what the frames' short side is resized to before the crop.
     random_crop: False takes the centre instead.
+    places: where to note where each clip was cut.
 
   Raises:
     VideoError: the video cannot be decoded, or has no frame.
@@ -116,19 +132,37 @@ def train_clip(
   p = preprocessing
   rngs = [rng] if isinstance(rng, np.random.Generator) else list(rng)
 
+  picked: list[Int[np.ndarray, ' t']] = []
+
   def pick(total: int) -> Int[np.ndarray, ' t']:
-    return np.concatenate([pick_train_frames(p, r, total) for r in rngs])
+    picked[:] = [pick_train_frames(p, r, total) for r in rngs]
+    return np.concatenate(picked)
 
-  def crop(
-    frames: UInt8[np.ndarray, 't h w 3'], rng: np.random.Generator
-  ) -> UInt8[np.ndarray, 't size size 3']:
-    if random_crop:
-      return random_resized_crop(frames, p.image_size, rng)
-    return center_crop(frames, p.image_size)
-
+  clips = []
   parts = np.split(_picked_frames(video, pick, short_side), len(rngs))
-  clips = [crop(part, r) for part, r in zip(parts, rngs, strict=True)]
+  for part, frames, r in zip(parts, picked, rngs, strict=True):
+    height, width = part.shape[1:3]
+    if random_crop:
+      box = _draw_crop(height, width, r)
+    else:
+      box = _center_box(part, p.image_size)
+    clips.append(_resize(_crop(part, *box), p.image_size, p.image_size))
+    if places is not None:
+      top, left, box_height, box_width = box
+      shares = (
+        top / height, left / width, box_height / height, box_width / width
+      )  # fmt: skip
+      places.append(Place(unlooped(p, frames), shares))
   return clips[0] if isinstance(rng, np.random.Generator) else np.stack(clips)
+
+
+def unlooped(
+  p: Preprocessing, frames: Int[np.ndarray, ' t']
+) -> Int[np.ndarray, ' t']:
+  """Undoes the looping of one clip's frames, if they were taken densely."""
+  if p.sampling == 'uniform':
+    return frames
+  return frames[0] + np.arange(len(frames)) * p.frame_interval
 
 
 def resize_short_side(
@@ -144,6 +178,13 @@ def resize_short_side(
   return _resize(frames, height, width)
 
 
+def resize_to(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, 't size size 3']:
+  """Squeezes frames to a square, all that they show."""
+  return _resize(frames, size, size)
+
+
 def center_crop(
   frames: UInt8[np.ndarray, 't h w 3'], size: int
 ) -> UInt8[np.ndarray, 't size size 3']:
@@ -152,8 +193,7 @@ def center_crop(
   Raises:
     ValueError: the frames are smaller than `size`.
   """
-  height, width = _check_covers(frames, size)
-  return _crop(frames, (height - size) // 2, (width - size) // 2, size, size)
+  return _crop(frames, *_center_box(frames, size))
 
 
 def three_crops(
@@ -186,6 +226,14 @@ def random_resized_crop(
   (Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842).
   """
   height, width = frames.shape[1:3]
+  box = _draw_crop(height, width, rng)
+  return _resize(_crop(frames, *box), size, size)
+
+
+def _draw_crop(
+  height: int, width: int, rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+  """Top, left, height and width of a random crop."""
   for _ in range(_TRIES):
     area = rng.uniform(_MIN_AREA, 1.0) * height * width
     aspect = _MAX_ASPECT ** rng.uniform(-1.0, 1.0)
@@ -194,12 +242,16 @@ def random_resized_crop(
     if 0 < crop_width <= width and 0 < crop_height <= height:
       top = int(rng.integers(height - crop_height, endpoint=True))
       left = int(rng.integers(width - crop_width, endpoint=True))
-      break
-  else:
-    crop_height = crop_width = min(height, width)
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-  cropped = _crop(frames, top, left, crop_height, crop_width)
-  return _resize(cropped, size, size)
+      return top, left, crop_height, crop_width
+  side = min(height, width)
+  return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _center_box(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> tuple[int, int, int, int]:
+  height, width = _check_covers(frames, size)
+  return (height - size) // 2, (width - size) // 2, size, size
 
 
 def _pick_test_frames(p: Preprocessing, total: int) -> Int[np.ndarray, ' t']:

@@ -196,7 +196,8 @@ class Output:
   Attributes:
     logits: class scores.
     features: what the head sees: the mean over tokens.
-    token_logits: class scores of every token; None without a token head.
+    token_logits: class scores of every token, by the token head or, without
+      one, by the classifier; None where neither was asked for.
   """
 
   logits: Float[Array, 'b k']
@@ -276,8 +277,12 @@ class DualFormer(nn.Module):
 
   @nn.compact
   def __call__(
-    self, clips: Float[Array, 'b t y x 3'], train: bool = False
+    self,
+    clips: Float[Array, 'b t y x 3'],
+    train: bool = False,
+    score_tokens: bool = False,
   ) -> Output:
+    """Scores clips, and tokens where the head does that or `score_tokens`."""
     expected = (self.num_frames, self.image_size, self.image_size, 3)
     if clips.shape[1:] != expected:
       raise ValueError(
@@ -304,13 +309,14 @@ class DualFormer(nn.Module):
       dtype=self.dtype,
       name='cls_head',
     )
-    if not self.token_label:
-      logits = ClassificationHead(**settings)(features, train)
-      return Output(logits, features, None)
-    head = TokenLabelHead(**settings, channels=self.embed_dims[-1])
-    return Output(
-      head(features, train), features, head.token_logits(tokens, train)
-    )
+    if self.token_label:
+      head = TokenLabelHead(**settings, channels=self.embed_dims[-1])
+    else:
+      head = ClassificationHead(**settings)
+    logits, token_logits = head(features, train), None
+    if self.token_label or score_tokens:
+      token_logits = head.token_logits(tokens, train)
+    return Output(logits, features, token_logits)
 
   def input_shape(self) -> tuple[int, int, int, int, int]:
     """Returns the shape of a batch of one clip."""

@@ -29,6 +29,13 @@ class ClassificationHead(nn.Module):
     features = self.drop(features, deterministic=not train)
     return self.fc_cls(features).astype('float32')
 
+  def token_logits(
+    self, tokens: Float[Array, 'b d h w c'], train: bool = False
+  ) -> Float[Array, 'b d h w k']:
+    """Returns what the classifier says of every token on its own, float32."""
+    tokens = self.drop(tokens, deterministic=not train)
+    return self.fc_cls(tokens).astype('float32')
+
 
 class TokenLabelHead(ClassificationHead):
   """A classification head that can also score every token on its own.
@@ -51,7 +58,7 @@ class TokenLabelHead(ClassificationHead):
   def token_logits(
     self, tokens: Float[Array, 'b d h w c'], train: bool = False
   ) -> Float[Array, 'b d h w k']:
-    """Returns class scores of every token, float32."""
+    """Returns class scores of every token by layers of their own, float32."""
     x = self.drop(self.token_linear_0(tokens), deterministic=not train)
     x = self.drop(self.token_linear_3(nn.relu(x)), deterministic=not train)
     return self.token_linear_6(nn.relu(x)).astype('float32')

@@ -1,8 +1,9 @@
 """Checkpoint folders: all that is done with Orbax.
 
 A checkpoint folder holds arrays ('params', 'batch_stats' and, while training,
-'opt_state') and a description in JSON: the model's fields, how its input is
-prepared, and its classes. A training run keeps a series of them.
+'opt_state' and 'ema_params', if these are averaged) and a description in JSON:
+the model's fields, how its input is prepared, and its classes. A training run
+keeps a series of them.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ NEWEST = 'checkpoints'
 BEST = 'best'
 
 _CHECKSUMS = 'SHA256SUMS'
+# Averaged parameters; where they are, a model is used with them.
+_EMA = 'ema_params'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +113,7 @@ class Checkpoints:
             'params': state.params,
             'batch_stats': state.batch_stats,
             'opt_state': state.opt_state,
+            _EMA: state.ema_params,
           }
         ),
         custom_metadata=_to_json(description),
@@ -127,12 +131,19 @@ class Checkpoints:
     folder = self.newest()
     assert folder is not None
     description = read_description(folder)
+    if (abstract_state.ema_params is None) == (folder / _EMA).is_dir():
+      raise UserError(
+        f'{folder} was saved with'
+        f'{"" if (folder / _EMA).is_dir() else "out"} averaged parameters; '
+        'keep config.ema_decay as it was, or begin in a new workdir'
+      )
     loaded = _load(
       folder,
       {
         'params': abstract_state.params,
         'batch_stats': abstract_state.batch_stats,
         'opt_state': abstract_state.opt_state,
+        _EMA: abstract_state.ema_params,
       },
     )
     step = jax.device_put(
@@ -195,6 +206,8 @@ def load_model(
 ) -> tuple[dict[str, Any], Description]:
   """Returns parameters and BatchNorm statistics, on the CPU, and description.
 
+  If parameters were averaged while training, it is the average.
+
   Args:
     path: as in `find`.
 
@@ -210,7 +223,13 @@ def load_model(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
     shapes,
   )
-  return _load(folder, abstract), description
+  if not (folder / _EMA).is_dir():
+    return _load(folder, abstract), description
+  loaded = _load(
+    folder, {_EMA: abstract['params'], 'batch_stats': abstract['batch_stats']}
+  )
+  loaded['params'] = loaded.pop(_EMA)
+  return loaded, description
 
 
 def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:

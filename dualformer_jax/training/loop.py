@@ -13,20 +13,23 @@ from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from dualformer_jax.errors import UserError
-from dualformer_jax.input_pipeline import loader, records
+from dualformer_jax.input_pipeline import loader, records, stored_labels
 from dualformer_jax.input_pipeline.views import Preprocessing
-from dualformer_jax.models import complexity
+from dualformer_jax.models import complexity, explain
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import (
   augment,
   checkpoint,
   evaluate,
+  initialize,
   metrics,
   sharding,
+  token_labels,
 )
 from dualformer_jax.training import (
   optimizer as optimizers,
@@ -64,6 +67,21 @@ def train_and_test(
   is_first_host = jax.process_index() == 0
   stop = _StopSignal()
 
+  # ------------------------------------------------------ what to start from
+  # In this order: the newest checkpoint in the workdir; what init_from names;
+  # the initial distributions.
+  checkpoints = checkpoint.Checkpoints(
+    workdir / checkpoint.NEWEST, config.checkpoint.keep
+  )
+  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
+  newest = checkpoints.newest()
+  source = None
+  if newest is not None:
+    settle_pixels(config, checkpoint.read_description(newest).preprocessing)
+  elif config.init_from:
+    source = initialize.read(config.init_from)
+    settle_pixels(config, source.preprocessing)
+
   # ---------------------------------------------------------------- data
   dataset = config.dataset
   train_data = open_split(config, dataset.train_split)
@@ -74,7 +92,8 @@ def train_and_test(
     process_count=jax.process_count(),
     num_threads=dataset.num_threads,
   )
-  clips = make_train_loader(config, train_data)
+  teacher = make_teacher(config, train_data)
+  clips = make_train_loader(config, train_data, teacher)
   clips_per_epoch = dataset.repeats * len(train_data)
   steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
   total_steps = config.num_epochs * steps_per_epoch
@@ -87,19 +106,18 @@ def train_and_test(
   jax.set_mesh(mesh)
   model = make_model(config, train_data)
   optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
-  init = functools.partial(steps.init_state, model, optimizer, config.seed)
+  init = functools.partial(
+    steps.init_state, model, optimizer, config.seed, config.ema_decay > 0
+  )
   abstract_state = jax.eval_shape(init)
   state_shardings = sharding.tree_shardings(abstract_state, mesh)
-  train_step = make_train_step(config, model, optimizer, state_shardings, mesh)
+  train_step = make_train_step(
+    config, model, optimizer, state_shardings, mesh, teacher
+  )
+  teacher_variables = teacher.on_mesh(mesh) if teacher else None
   eval_step = make_eval_step(model, preprocessing, mesh)
 
   # -------------------------------------------------- restore or initialise
-  # In this order: the newest checkpoint in the workdir; what init_from names;
-  # the initial distributions.
-  checkpoints = checkpoint.Checkpoints(
-    workdir / checkpoint.NEWEST, config.checkpoint.keep
-  )
-  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
   description = checkpoint.Description(
     model={name: getattr(model, name) for name in config.model},
     preprocessing=make_preprocessing(config, config.test),
@@ -107,7 +125,6 @@ def train_and_test(
     multi_label=dataset.multi_label,
     config=config.to_dict(),
   )
-  newest = checkpoints.newest()
   if newest is not None:
     check_same_model(checkpoint.read_description(newest), description, newest)
     state, saved = checkpoints.restore(
@@ -124,11 +141,16 @@ def train_and_test(
     _LOG.info('resumed %s', newest)
   else:
     state = jax.jit(init, out_shardings=state_shardings)()
-    if config.init_from:
-      state = start_from(state, config.init_from, description)
-      _LOG.info('started from %s', config.init_from)
+    if source is not None:
+      state, transferred = initialize.start_from(state, source, description)
+      _LOG.info(
+        'started from %s\n%s', source.name, '\n'.join(transferred.table())
+      )
   best = best_checkpoints.newest()
-  best_score = checkpoint.read_description(best).score if best else None
+  best_score, best_step = None, 0
+  if best:
+    saved = checkpoint.read_description(best)
+    best_score, best_step = saved.score, saved.step
 
   def describe(step: int, score: float | None = None):
     return dataclasses.replace(
@@ -140,10 +162,10 @@ def train_and_test(
 
   def validate(step: int) -> None:
     """Scores the validation split; keeps the state if it is the best yet."""
-    nonlocal best_score
+    nonlocal best_score, best_step
     scores = evaluate_split(
       eval_step,
-      _variables(state),
+      state.variables(),
       validation_data,
       make_preprocessing(config, config.validation),
       mesh,
@@ -166,13 +188,32 @@ def train_and_test(
       )
     score = next(iter(summary.values()))
     if best_score is None or score > best_score:
-      best_score = score
+      best_score, best_step = score, step
       best_checkpoints.save(state, describe(step, score))
       # Before a later state is saved, from which this is not done again.
       best_checkpoints.wait()
 
-  # ------------------------------------------------------------------ steps
+  def is_stale() -> bool:
+    """Whether the last validations brought nothing better."""
+    patience = config.validation.patience * validation_steps
+    return 0 < patience <= step - best_step and best_score is not None
+
+  # ------------------------------------------------- checks before the steps
   step = int(state.step)
+  if config.overfit_steps and newest is None:
+    start = clips.get_state()
+    batch = next(clips)
+    batch.pop('video_ids')
+    overfit_one_batch(
+      train_step,
+      state,
+      sharding.put_batch(batch, mesh),
+      teacher_variables,
+      config.overfit_steps,
+    )
+    clips.set_state(start)
+
+  # ------------------------------------------------------------------ steps
   if step >= total_steps:
     _LOG.info('training was done before: %d steps', step)
   if step and (step % validation_steps == 0 or step >= total_steps):
@@ -180,19 +221,32 @@ def train_and_test(
   first_step_began = last_line = time.monotonic()
   last_step = step
   waited = 0.0  # for data, since the last line; in seconds
-  while step < total_steps and not stop.requested(step):
+  videos = unchecked = None  # of the last step, and what it gave
+  while step < total_steps and not is_stale() and not stop.requested(step):
     waited -= time.monotonic()
     batch = next(clips)
     waited += time.monotonic()
-    batch.pop('video_ids')
+    previous, videos = videos, batch.pop('video_ids')
     batch = sharding.put_batch(batch, mesh)
-    state, step_metrics = train_step(state, batch)
+    state, step_metrics = train_step(state, batch, teacher_variables)
+    if unchecked is not None:
+      # One step late, while this one runs: the devices never wait.
+      check_finite(unchecked, step, previous, checkpoints)
+    unchecked = step_metrics
     step += 1
 
     if first_step_began is not None:
-      jax.block_until_ready(step_metrics)
+      check_finite(step_metrics, step, videos, checkpoints)
       seconds = time.monotonic() - first_step_began
       _LOG.info('first step, compilation included: %.1f s', seconds)
+      if newest is None and not dataset.multi_label:
+        _LOG.info(
+          'loss of the first batch, before any step: %.4g; one that knows '
+          'nothing has ln(%d classes) = %.4g',
+          step_metrics.get('class_loss', step_metrics['loss']),
+          model.num_classes,
+          np.log(model.num_classes),
+        )
       last_line, last_step, first_step_began = time.monotonic(), step, None
       waited = 0.0
     line_is_due = step % config.log_every_steps == 0 or step == total_steps
@@ -222,19 +276,29 @@ def train_and_test(
 
     validation_is_due = step % validation_steps == 0 or step == total_steps
     if validation_is_due or step % config.checkpoint.every_steps == 0:
+      check_finite(step_metrics, step, videos, checkpoints)
       checkpoints.save(state, describe(step))
     if validation_is_due:
       validate(step)
       last_line, last_step, waited = time.monotonic(), step, 0.0
 
   # ------------------------------------------------------------------- save
+  if unchecked is not None:
+    check_finite(unchecked, step, videos, checkpoints)
   checkpoints.save(state, describe(step))
   checkpoints.close()
   best_checkpoints.close()
   if writer:
     writer.close()
   clips.close()
-  if step < total_steps or stop.requested(step):
+  if is_stale():
+    _LOG.info(
+      'no validation since step %d was better: training ends at step %d of %d',
+      best_step,
+      step,
+      total_steps,
+    )
+  elif step < total_steps or stop.requested(step):
     _LOG.info(
       'stopped by SIGTERM; saved step %d: the same command goes on from it',
       step,
@@ -248,7 +312,7 @@ def train_and_test(
     workdir,
     str(checkpoints.newest()),
     eval_step,
-    _variables(state),
+    state.variables(),
     mesh,
     started,
   )
@@ -471,21 +535,123 @@ def make_preprocessing(
     frame_interval=config.dataset.frame_interval,
     image_size=config.model.image_size,
     sampling=config.dataset.sampling,
-    pixel_mean=_as_rgb(config.dataset.pixel_mean),
-    pixel_std=_as_rgb(config.dataset.pixel_std),
+    pixel_mean=_as_rgb(config.dataset.pixel_mean or Preprocessing.pixel_mean),
+    pixel_std=_as_rgb(config.dataset.pixel_std or Preprocessing.pixel_std),
     num_clips=views.num_clips if views else 1,
     num_crops=views.num_crops if views else 1,
   )
 
 
-def make_train_loader(
+def make_teacher(
   config: Config, data: records.PreparedDataset
+) -> token_labels.Teacher | None:
+  """Returns what labels tokens; None where the config has none.
+
+  Raises:
+    UserError: the teacher, or what was stored of one, does not fit.
+  """
+  options = config.token_labels
+  if options.teacher and options.stored:
+    raise UserError(
+      'config.token_labels.teacher and stored are both given; expected one'
+    )
+  if bool(options.teacher or options.stored) != config.model.token_label:
+    raise UserError(
+      f'config.model.token_label is {config.model.token_label}, so '
+      + (
+        'what its head says of tokens is to be trained: set config.token_labels'
+        '.teacher to a checkpoint folder, or stored to what '
+        'dualformer_jax.token_labels wrote'
+        if config.model.token_label
+        else 'it has no use for config.token_labels: set it to True'
+      )
+    )
+  if not config.model.token_label:
+    return None
+  model = make_model(config, data)
+  top = options.top if options.top > 0 else model.num_classes
+  frames, *grid = explain.token_grid(model, len(model.depths) - 1)
+  if options.stored:
+    switches = config.augment
+    if switches.rand_augment_ops or switches.mixup or switches.cutmix:
+      raise UserError(
+        'config.augment.rand_augment_ops, mixup and cutmix change clips in ways'
+        ' that stored token labels cannot follow; set them to 0, or '
+        'config.token_labels.teacher instead of stored'
+      )
+    targets = functools.partial(
+      token_labels.stored_labels,
+      grid=(grid[0], grid[1]),
+      num_classes=model.num_classes,
+      top=top,
+      flip=config.dataset.flip,
+    )
+    stored = stored_labels.StoredLabels(options.stored, data)
+    return token_labels.Teacher(targets, model.num_frames, stored=stored)
+
+  variables, description = checkpoint.load_model(options.teacher)
+  teacher = description.build_model(dtype=options.dtype)
+  if description.class_names != data.class_names:
+    raise UserError(
+      f'config.token_labels.teacher={options.teacher} knows '
+      f'{len(description.class_names)} classes '
+      f'({_start(description.class_names)}), {data.folder} has '
+      f'{len(data.class_names)} ({_start(data.class_names)}); expected the '
+      'same in the same order'
+    )
+  _, *teacher_grid = explain.token_grid(teacher, len(teacher.depths) - 1)
+  most = max(teacher.num_frames, model.num_frames)
+  span = config.dataset.frame_interval * model.num_frames
+  if (
+    most % teacher.num_frames
+    or most % model.num_frames
+    or teacher.image_size != model.image_size
+    or teacher_grid != grid
+    or (config.dataset.sampling == 'dense' and span % most)
+  ):
+    raise UserError(
+      f'config.token_labels.teacher={options.teacher} takes clips of '
+      f'{teacher.num_frames} frames of {teacher.image_size} pixels and has '
+      f'{teacher_grid} tokens a frame, the model {model.num_frames} of '
+      f'{model.image_size}, every {config.dataset.frame_interval} frames, and '
+      f'{grid}; expected the same size and grid, and frames of which the one '
+      'number divides the other'
+    )
+  own = make_preprocessing(config)
+  p = description.preprocessing
+  rescale = (
+    np.divide(own.pixel_std, p.pixel_std).tolist(),
+    (np.subtract(own.pixel_mean, p.pixel_mean) / p.pixel_std).tolist(),
+  )
+  targets = functools.partial(
+    token_labels.ask_teacher,
+    model=teacher,
+    frames=frames,
+    top=top,
+    rescale=rescale,
+  )
+  return token_labels.Teacher(targets, most, variables)
+
+
+def make_train_loader(
+  config: Config,
+  data: records.PreparedDataset,
+  teacher: token_labels.Teacher | None = None,
 ) -> loader.TrainIterator:
   """Returns this host's batches of training clips."""
   dataset = config.dataset
+  preprocessing = make_preprocessing(config)
+  if teacher is not None:
+    # As long as the model's, but with as many frames as the teacher wants.
+    times = teacher.clip_frames // preprocessing.num_frames
+    preprocessing = dataclasses.replace(
+      preprocessing,
+      num_frames=teacher.clip_frames,
+      frame_interval=preprocessing.frame_interval // times,
+    )
   return loader.train_loader(
     data,
-    make_preprocessing(config),
+    preprocessing,
     batch_size=config.batch_size,
     seed=config.seed,
     process_index=jax.process_index(),
@@ -497,6 +663,8 @@ def make_train_loader(
     repeats=dataset.repeats,
     rand_augment_ops=config.augment.rand_augment_ops,
     rand_augment_magnitude=config.augment.rand_augment_magnitude,
+    class_balanced=dataset.class_balanced,
+    token_labels=teacher.stored if teacher else None,
   )
 
 
@@ -524,9 +692,14 @@ def make_train_step(
   optimizer: optax.GradientTransformation,
   state_shardings: Any,
   mesh: jax.sharding.Mesh,
+  teacher: token_labels.Teacher | None = None,
 ) -> Callable[..., tuple[steps.TrainState, dict[str, jax.Array]]]:
-  """Returns (state, batch) -> (state, metrics); the old state is used up."""
+  """Returns (state, batch, teacher's variables) -> (state, metrics).
+
+  The old state is used up.
+  """
   dataset, switches = config.dataset, config.augment
+  pixels = make_preprocessing(config)
   augment.check(switches, config.batch_size // config.accumulation_steps)
   return jax.jit(
     functools.partial(
@@ -535,8 +708,8 @@ def make_train_step(
       optimizer=optimizer,
       augment=functools.partial(
         augment.augment,
-        pixel_mean=dataset.pixel_mean,
-        pixel_std=dataset.pixel_std,
+        pixel_mean=pixels.pixel_mean,
+        pixel_std=pixels.pixel_std,
         flip=dataset.flip,
         color_jitter=switches.color_jitter,
         random_erasing=switches.random_erasing,
@@ -547,7 +720,12 @@ def make_train_step(
         mixup=switches.mixup,
         cutmix=switches.cutmix,
       ),
+      token_targets=teacher.targets if teacher else None,
+      token_weight=config.token_labels.weight,
       multi_label=dataset.multi_label,
+      label_smoothing=config.label_smoothing,
+      ema_decay=config.ema_decay,
+      frozen=config.optimizer.frozen,
       seed=config.seed,
       accumulation_steps=config.accumulation_steps,
     ),
@@ -590,7 +768,7 @@ def check_same_model(
 
   What does not change the parameters (dtype, remat, dropout) may differ.
   """
-  free = ('dtype', 'remat', 'drop_path_rate', 'head_dropout')
+  free = initialize.FREE_FIELDS
   differences = [
     f'model.{name} is {wanted.model[name]}, there {saved.model.get(name)}'
     for name in wanted.model
@@ -608,39 +786,73 @@ def check_same_model(
     )
 
 
-def start_from(
-  state: steps.TrainState, path: str, description: checkpoint.Description
-) -> steps.TrainState:
-  """Returns the first state with the parameters of the checkpoint at `path`.
+def settle_pixels(config: Config, preprocessing: Preprocessing | None) -> None:
+  """Sets the normalisation that the config leaves to what it starts from."""
+  dataset = config.dataset
+  for name in ('pixel_mean', 'pixel_std'):
+    if not dataset[name] and preprocessing is not None:
+      dataset[name] = getattr(preprocessing, name)
 
-  If its classes are others, then its head is left out and stays as it is.
 
-  Raises:
-    UserError: there is no checkpoint, or it is of another model.
+def overfit_one_batch(
+  train_step: Callable[..., tuple[steps.TrainState, dict[str, jax.Array]]],
+  state: steps.TrainState,
+  batch: dict[str, Any],
+  teacher: Any,
+  count: int,
+) -> None:
+  """Logs how the loss of one batch falls in `count` steps from a copy of state.
+
+  A model that cannot learn a single batch by heart will learn nothing: then
+  something is wrong with the labels, the learning rate or what it starts from.
   """
-  variables, saved = checkpoint.load_model(path)
-  params = dict(variables['params'])
-  if saved.class_names != description.class_names:
-    _LOG.info('%s knows other classes: the head is made anew', path)
-    head = {
-      name: description.model[name] for name in ('num_classes', 'token_label')
-    }
-    saved = dataclasses.replace(
-      saved,
-      model={**saved.model, **head},
-      class_names=description.class_names,
+  state = jax.tree.map(jnp.copy, state)  # as the step uses it up
+  curve = []
+  for step in range(count):
+    state, values = train_step(state, batch, teacher)
+    curve.append(float(values['loss']))
+    if step % max(1, count // 10) == 0 or step + 1 == count:
+      _LOG.info('one batch, step %d/%d: loss %.4g', step + 1, count, curve[-1])
+  if curve[-1] < curve[0] / 2:
+    _LOG.info('one batch is learnt: loss %.4g -> %.4g', curve[0], curve[-1])
+  else:
+    _LOG.warning(
+      'one batch is NOT learnt in %d steps: loss %.4g -> %.4g, not even half. '
+      'Try more steps, a higher rate or no warm-up; else look at the labels',
+      count,
+      curve[0],
+      curve[-1],
     )
-    params['cls_head'] = state.params['cls_head']
-  check_same_model(saved, description, path)
 
-  def put(new, old):
-    return jax.device_put(new, old.sharding)
 
-  return dataclasses.replace(
-    state,
-    params=jax.tree.map(put, params, state.params),
-    batch_stats=jax.tree.map(put, variables['batch_stats'], state.batch_stats),
-  )
+def check_finite(
+  values: dict[str, jax.Array],
+  step: int,
+  videos: list[str] | None,
+  checkpoints: checkpoint.Checkpoints,
+) -> None:
+  """Raises UserError if what a step gave is not finite; waits for the step.
+
+  Args:
+    values: of the step.
+    step: its number, from 1.
+    videos: of its batch, on this host.
+    checkpoints: of the run; what they hold was checked before it was saved.
+  """
+  bad = {
+    name: float(value)
+    for name, value in values.items()
+    if not np.isfinite(value)
+  }
+  if bad:
+    checkpoints.wait()
+    raise UserError(
+      f'step {step}: {_as_text(bad)}, after a batch of these videos: '
+      f'{", ".join(videos or ())}. The last good checkpoint is '
+      f'{checkpoints.newest() or "none yet"}; nothing was saved after it. Look '
+      'at the videos, lower optimizer.learning_rate, or clip gradients '
+      '(--config.optimizer.max_grad_norm=1)'
+    )
 
 
 def make_writer(workdir: pathlib.Path) -> Any:
@@ -682,10 +894,6 @@ class _StopSignal:
       signal.signal(signal.SIGTERM, signal.SIG_DFL)
       if self._came:
         raise SystemExit(_EXIT_STOPPED)
-
-
-def _variables(state: steps.TrainState) -> dict[str, Any]:
-  return {'params': state.params, 'batch_stats': state.batch_stats}
 
 
 def _gflops(model: DualFormer) -> float:

@@ -1,5 +1,6 @@
 """What is minimised, for a batch of class scores."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
@@ -10,6 +11,7 @@ def cross_entropy(
   labels: Int[Array, 'b'] | Float[Array, 'b k'],
   *,
   multi_label: bool = False,
+  label_smoothing: float = 0.0,
 ) -> Float[Array, '']:
   """Returns the mean cross-entropy, in nats.
 
@@ -20,7 +22,15 @@ def cross_entropy(
       others, or in between where clips are mixed.
     multi_label: whether a clip may have several classes. Then they are
       independent, and the mean runs over clips and classes.
+    label_smoothing: share of the labels that is spread evenly over all classes
+      (Szegedy et al., arXiv 1512.00567) or, with multi_label, over yes and no.
   """
+  if label_smoothing and multi_label:
+    labels = (1 - label_smoothing) * labels + label_smoothing / 2
+  elif label_smoothing:
+    if labels.ndim == 1:
+      labels = jax.nn.one_hot(labels, logits.shape[-1])
+    labels = optax.smooth_labels(labels, label_smoothing)
   if multi_label:
     losses = optax.sigmoid_binary_cross_entropy(logits, labels)
   elif labels.ndim == 1:
@@ -28,3 +38,16 @@ def cross_entropy(
   else:
     losses = optax.softmax_cross_entropy(logits, labels)
   return jnp.mean(losses)
+
+
+def soft_cross_entropy(
+  logits: Float[Array, '... k'], targets: Float[Array, '... k']
+) -> Float[Array, '']:
+  """Returns the mean cross-entropy with soft labels, in nats.
+
+  Args:
+    logits: class scores, of tokens say.
+    targets: the share of each class, which add up to 1; no gradient passes.
+  """
+  targets = jax.lax.stop_gradient(targets)
+  return jnp.mean(optax.softmax_cross_entropy(logits, targets))

@@ -107,6 +107,33 @@ def parameter_multipliers(params: Any, rules: Sequence[Rule]) -> Any:
   return result
 
 
+def layer_numbers(params: Any) -> Any:
+  """Returns a tree like `params`: how many layers from the head each one is.
+
+  The head and the last norm are at 0, the last block at 1, the first block at
+  the number of blocks; what embeds patches goes with the block after it, the
+  positional convolution with the block before it (as layers are counted in
+  BEiT, arXiv 2106.08254).
+  """
+  blocks: list[tuple[int, int]] = sorted(
+    (int(match[1]), int(match[2]))
+    for name in params['backbone']
+    if (match := re.fullmatch(r'blocks_(\d+)_(\d+)', name))
+  )
+
+  def number(path, _) -> int:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if match := re.match(r'backbone/blocks_(\d+)_(\d+)/', name):
+      place = int(match[1]), int(match[2])
+    elif match := re.match(r'backbone/(?:patch_embeds|pos_block)_(\d+)/', name):
+      place = int(match[1]), 0
+    else:
+      return 0
+    return len(blocks) - blocks.index(place)
+
+  return jax.tree_util.tree_map_with_path(number, params)
+
+
 def make_optimizer(
   params: Any,
   learning_rate: optax.ScalarOrSchedule,
@@ -115,6 +142,10 @@ def make_optimizer(
   b1: float = 0.9,
   b2: float = 0.999,
   eps: float = 1e-8,
+  *,
+  max_grad_norm: float = 0.0,
+  layer_decay: float = 1.0,
+  frozen: str = '',
 ) -> optax.GradientTransformation:
   """Returns AdamW with decoupled decay and a rate and decay per parameter.
 
@@ -131,11 +162,33 @@ def make_optimizer(
     b1: how slowly the mean of the gradients changes.
     b2: how slowly the mean of their squares changes.
     eps: keeps the division finite.
+    max_grad_norm: gradients whose norm, over all parameters, is larger are
+      scaled down to it; 0 for never.
+    layer_decay: what the rate is multiplied by for each layer that a parameter
+      is away from the head; see layer_numbers.
+    frozen: a regular expression; parameters whose names it matches as a whole
+      are not changed.
 
   Raises:
-    errors.UserError: as in parameter_multipliers.
+    errors.UserError: as in parameter_multipliers; or `frozen` is malformed or
+      matches nothing, or a number is out of range.
   """
+  if max_grad_norm < 0 or not 0 < layer_decay <= 1:
+    raise errors.UserError(
+      f'optimizer.max_grad_norm is {max_grad_norm} and layer_decay'
+      f' {layer_decay}; expected 0 or more, and more than 0 up to 1'
+    )
   tree = parameter_multipliers(params, multipliers)
+  if layer_decay < 1:
+    tree = jax.tree.map(
+      lambda m, away: dataclasses.replace(
+        m, learning_rate=m.learning_rate * layer_decay**away
+      ),
+      tree,
+      layer_numbers(params),
+    )
+  if frozen:
+    tree = _without_frozen(tree, frozen)
 
   def decay(updates, params):
     return jax.tree.map(
@@ -151,12 +204,41 @@ def make_optimizer(
       lambda update, m: m.learning_rate * update, updates, tree
     )
 
+  clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
   return optax.chain(
+    *clip,
     optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
     optax.stateless(decay),
     optax.stateless(scale),
     optax.scale_by_learning_rate(learning_rate),
   )
+
+
+def _without_frozen(tree: Any, frozen: str) -> Any:
+  """Sets the multipliers of the parameters that `frozen` matches to 0."""
+  try:
+    pattern = re.compile(frozen)
+  except re.error as error:
+    raise errors.UserError(
+      f"optimizer.frozen: the regular expression '{frozen}' is malformed:"
+      f' {error}'
+    ) from error
+  names = []
+
+  def stop(path, multipliers: Multipliers) -> Multipliers:
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    if not pattern.fullmatch(name):
+      return multipliers
+    names.append(name)
+    return Multipliers(0.0, 0.0)
+
+  tree = jax.tree_util.tree_map_with_path(stop, tree)
+  if not names:
+    raise errors.UserError(
+      f"optimizer.frozen: '{frozen}' matches no parameter as a whole; names"
+      " are such as 'backbone/blocks_0_0/attn/qkv/kernel'"
+    )
+  return tree
 
 
 def _compile(rule: Rule) -> re.Pattern[str]:

@@ -39,16 +39,22 @@ def profile(
   """
   dataset = config.dataset
   data = loop.open_split(config, dataset.train_split)
-  clips = loop.make_train_loader(config, data)
+  teacher = loop.make_teacher(config, data)
+  clips = loop.make_train_loader(config, data, teacher)
   mesh = sharding.make_mesh(
     config.mesh, config.batch_size, config.accumulation_steps
   )
   jax.set_mesh(mesh)
   model = loop.make_model(config, data)
   optimizer, _ = loop.make_optimizer(config, model, steps_per_epoch=1000)
-  init = functools.partial(step.init_state, model, optimizer, config.seed)
+  init = functools.partial(
+    step.init_state, model, optimizer, config.seed, config.ema_decay > 0
+  )
   shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
-  train_step = loop.make_train_step(config, model, optimizer, shardings, mesh)
+  train_step = loop.make_train_step(
+    config, model, optimizer, shardings, mesh, teacher
+  )
+  asked = teacher.on_mesh(mesh) if teacher else None
   state = jax.jit(init, out_shardings=shardings)()
 
   _LOG.info('input alone ...')
@@ -65,12 +71,12 @@ def profile(
 
   held = put(batch)
   copy_seconds = _time(lambda: jax.block_until_ready(put(batch)), seconds=1.0)
-  state, metrics = train_step(state, held)
+  state, metrics = train_step(state, held, asked)
   jax.block_until_ready(metrics)
 
   def step_alone() -> None:
     nonlocal state
-    state, metrics = train_step(state, held)
+    state, metrics = train_step(state, held, asked)
     jax.block_until_ready(metrics)
 
   step_seconds = _time(step_alone)
@@ -81,7 +87,7 @@ def profile(
     nonlocal state, metrics
     batch = put(next(clips))
     jax.block_until_ready(metrics)  # of the step before
-    state, metrics = train_step(state, batch)
+    state, metrics = train_step(state, batch, asked)
 
   both_seconds = _time(both)
   clips.close()

@@ -1,0 +1,392 @@
+"""Token labels: from a teacher at hand, and from what was stored of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from dualformer_jax import errors
+from dualformer_jax.input_pipeline import loader, records, stored_labels, views
+from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import augment, losses, step, token_labels
+from tests import reference_arrays, training_command
+
+FIELDS: dict[str, Any] = dict(
+  depths=(2,),
+  embed_dims=(16,),
+  num_heads=(2,),
+  num_classes=8,
+  num_frames=16,
+  image_size=32,
+  window=(8, 4, 4),
+  fine_sizes=((8, 4, 4),),
+  coarse_sizes=((4, 2, 2),),
+  dtype='float32',
+)
+# The flags of such a model; a student's come first.
+STUDENT = (*training_command.TINY, '--config.model.token_label=True')
+
+
+@pytest.mark.parametrize('case', ['same', 'ratio'])
+def test_the_loss_agrees_with_the_published_implementation(case):
+  arrays = np.load(reference_arrays.DIRECTORY / 'tokenlabel_seed1.npz')
+  student, teacher, logits, labels, expected = (
+    arrays[f'{case}_{name}']
+    for name in (
+      'student_tokens',
+      'teacher_tokens',
+      'logits',
+      'labels',
+      'loss',
+    )
+  )
+  targets = token_labels.soft_labels(jnp.asarray(teacher), student.shape[1])
+  loss = 0.5 * losses.cross_entropy(
+    jnp.asarray(logits), jnp.asarray(labels, 'int32')
+  ) + 0.5 * losses.soft_cross_entropy(jnp.asarray(student), targets)
+  assert abs(float(loss) - expected) <= 1e-5 * expected
+
+
+def test_a_teacher_with_fewer_frames_speaks_for_several_of_the_student():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 2, 1, 1, 9)))
+  soft = token_labels.soft_labels(logits, 6, top=9)
+  expected = np.asarray(jax.nn.softmax(logits))
+  np.testing.assert_allclose(soft, expected[:, [0, 0, 0, 1, 1, 1]], rtol=1e-6)
+
+
+def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
+  """A training step and its first state, with a teacher or stored labels."""
+  optimizer = optax.sgd(0.1)
+  ask = functools.partial(
+    token_labels.ask_teacher,
+    model=teacher_model,
+    frames=student.num_frames // 2,
+    top=5,
+    rescale=((1.0,) * 3, (0.0,) * 3),
+  )
+  train_step = functools.partial(
+    step.train_step,
+    model=student,
+    optimizer=optimizer,
+    augment=functools.partial(
+      augment.augment, pixel_mean=(120.0,) * 3, pixel_std=(60.0,) * 3, flip=True
+    ),
+    seed=0,
+    **({'token_targets': ask} | options),
+  )
+  return train_step, step.init_state(student, optimizer, seed=1)
+
+
+def batch_of(frames: int = 16, rows: int = 2) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(3)
+  return {
+    'clips': rng.integers(0, 256, (rows, frames, 32, 32, 3), dtype=np.uint8),
+    'labels': np.arange(rows, dtype=np.int32),
+  }
+
+
+def test_the_teacher_stays_as_it_is_and_costs_no_gradient():
+  # Wide, so that gradients or kept activations would show in the memory.
+  teacher = DualFormer(**{**FIELDS, 'embed_dims': (512,), 'remat': 'none'})
+  student = DualFormer(**FIELDS, token_label=True)
+  variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
+  train_step, state = make_step(teacher, student)
+  compiled = jax.jit(train_step).lower(state, batch_of(), variables).compile()
+  before = jax.tree.map(np.array, variables)
+  state, _ = compiled(state, batch_of(), variables)
+  state, values = compiled(state, batch_of(), variables)
+  assert values['token_loss'] > 0
+  jax.tree.map(np.testing.assert_array_equal, before, variables)
+
+  # The teacher alone, forward, is all that is added; its gradient would be
+  # twice that more, and as large as its parameters.
+  alone = (
+    jax.jit(lambda v, c: teacher.apply(v, c, score_tokens=True).token_logits)  # pyright: ignore
+    .lower(variables, jnp.zeros((2, 16, 32, 32, 3)))
+    .compile()
+  )
+  without, first = make_step(teacher, student, token_targets=None)
+  plain = jax.jit(without).lower(first, batch_of()).compile()
+
+  def flops(program: Any) -> float:
+    return program.cost_analysis()['flops']
+
+  added = flops(compiled) - flops(plain)
+  assert added < 1.3 * flops(alone)
+  size = sum(leaf.nbytes for leaf in jax.tree.leaves(variables['params']))
+
+  def temporary(program: Any) -> int:
+    return program.memory_analysis().temp_size_in_bytes
+
+  assert temporary(compiled) < temporary(plain) + temporary(alone) + size / 2
+
+
+def test_a_teacher_of_more_frames_sees_all_and_the_student_every_second():
+  teacher = DualFormer(**FIELDS)
+  student = DualFormer(**{**FIELDS, 'num_frames': 8}, token_label=True)
+  variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
+  train_step, state = make_step(teacher, student)
+  batch = batch_of()
+  new, values = jax.jit(train_step)(state, batch, variables)
+  # By hand, of the same keys.
+  key = jax.random.fold_in(jax.random.key(0), 0)
+  augment_key, dropout_key = jax.random.split(key)
+  clips = augment.augment(
+    augment_key,
+    jnp.asarray(batch['clips']),
+    (120.0,) * 3,
+    (60.0,) * 3,
+    flip=True,
+  )
+  scored: Any = jax.jit(functools.partial(teacher.apply, score_tokens=True))(
+    variables, clips
+  )
+  output: Any = jax.jit(
+    functools.partial(student.apply, train=True, mutable=['batch_stats'])
+  )(
+    {'params': state.params, 'batch_stats': state.batch_stats},
+    clips[:, ::2],
+    rngs={'dropout': dropout_key},
+  )[0]
+  scores = np.asarray(scored.token_logits).reshape(2, 2, 4, 8, 8, 8)
+  scores = scores[:, 0] / 2 + scores[:, 1] / 2
+  kept = np.sort(scores, axis=-1)[..., -5, None]
+  scores = np.where(scores >= kept, scores, 0)
+  soft = np.exp(scores) / np.exp(scores).sum(axis=-1, keepdims=True)
+  expected = -np.mean(
+    np.sum(soft * np.asarray(jax.nn.log_softmax(output.token_logits)), axis=-1)
+  )
+  assert abs(values['token_loss'] - expected) < 1e-5
+  assert int(new.step) == 1
+
+
+@pytest.fixture(scope='module', name='teacher')
+def _teacher(
+  motion_dataset, compilation_cache, tmp_path_factory
+) -> pathlib.Path:
+  """The workdir of a run of the same size as the student, without the head."""
+  workdir = tmp_path_factory.mktemp('teacher')
+  done = training_command.run(
+    *training_command.TINY,
+    f'--config.dataset.data_dir={motion_dataset}',
+    '--config.num_epochs=1',
+    workdir=workdir,
+    cache=compilation_cache,
+  )
+  assert done.returncode == 0, done.stderr
+  return workdir
+
+
+def store(teacher, data_dir, cache, *flags: str):
+  return subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'dualformer_jax.token_labels',
+      f'--config={training_command.REPOSITORY}/configs/motion.py',
+      f'--checkpoint={teacher}',
+      f'--config.dataset.data_dir={data_dir}',
+      '--config.token_labels.dtype=float32',
+      *flags,
+    ],
+    env=training_command.environment(cache),
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+
+
+@pytest.fixture(scope='module', name='all_scores')
+def _all_scores(
+  teacher, motion_dataset, compilation_cache, tmp_path_factory
+) -> pathlib.Path:
+  """Stored token labels with all of the scores."""
+  out = tmp_path_factory.mktemp('stored') / 'all'
+  done = store(
+    teacher, motion_dataset, compilation_cache, f'--out={out}', '--top=0'
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'scored 48 of 48 videos' in done.stderr
+  return out
+
+
+def losses_of(teacher, data_dir, stored: pathlib.Path, top: int):
+  """The token loss of the same batch, on the fly and from stored labels."""
+  from dualformer_jax.training import checkpoint
+
+  variables, description = checkpoint.load_model(teacher)
+  model = description.build_model(dtype='float32')
+  student = DualFormer(**FIELDS, token_label=True)
+  dataset = records.PreparedDataset('motion', 'train', str(data_dir))
+  preprocessing = dataclasses.replace(
+    description.preprocessing, num_clips=1, num_crops=1
+  )
+  batches = loader.train_loader(
+    dataset,
+    preprocessing,
+    batch_size=6,
+    seed=4,
+    num_threads=2,
+    short_side=32,
+    random_crop=False,
+    token_labels=stored_labels.StoredLabels(str(stored), dataset),
+  )
+  batch = next(batches)
+  batches.close()
+  batch.pop('video_ids')
+  p = preprocessing
+  normal = functools.partial(
+    augment.augment, pixel_mean=p.pixel_mean, pixel_std=p.pixel_std, flip=True
+  )
+  result = []
+  for targets, rows in (
+    (
+      functools.partial(
+        token_labels.ask_teacher,
+        model=model,
+        frames=8,
+        top=top,
+        rescale=((1.0,) * 3, (0.0,) * 3),
+      ),
+      {name: batch[name] for name in ('clips', 'labels')},
+    ),
+    (
+      functools.partial(
+        token_labels.stored_labels,
+        grid=(8, 8),
+        num_classes=8,
+        top=top,
+        flip=True,
+      ),
+      batch,
+    ),
+  ):
+    train_step, state = make_step(
+      model, student, token_targets=targets, augment=normal
+    )
+    _, values = jax.jit(train_step)(state, rows, variables)
+    result.append(float(values['token_loss']))
+  return result
+
+
+def test_stored_labels_are_those_of_the_teacher_on_the_same_crops(
+  teacher, motion_dataset, all_scores
+):
+  # Whole frames, flips included; all of the scores, and the best five of them.
+  for top in (8, 5):
+    asked, stored = losses_of(teacher, motion_dataset, all_scores, top)
+    assert abs(asked - stored) <= 1e-4
+
+
+def test_five_stored_scores_are_what_the_loss_keeps(
+  teacher, motion_dataset, compilation_cache, tmp_path
+):
+  done = store(
+    teacher, motion_dataset, compilation_cache, f'--out={tmp_path}/five'
+  )
+  assert done.returncode == 0, done.stderr
+  asked, stored = losses_of(teacher, motion_dataset, tmp_path / 'five', 5)
+  assert abs(asked - stored) <= 1e-4
+
+
+def test_an_interrupted_run_goes_on_and_a_complete_one_is_left_alone(
+  teacher, motion_dataset, all_scores, compilation_cache, tmp_path
+):
+  meta_path = all_scores / 'token_labels.json'
+  (file,) = all_scores.glob('*.array_record')
+  content = file.read_bytes()
+  meta = json.loads(meta_path.read_text())
+  assert meta['complete']
+  again = store(
+    teacher, motion_dataset, compilation_cache, f'--out={all_scores}', '--top=0'
+  )
+  assert 'is complete already' in again.stderr
+  # As it is while the first file is being written.
+  folder = tmp_path / 'begun'
+  folder.mkdir()
+  del meta['complete']
+  (folder / 'token_labels.json').write_text(json.dumps(meta))
+  dataset = records.PreparedDataset('motion', 'train', str(motion_dataset))
+  with pytest.raises(errors.UserError, match='begun but not finished'):
+    stored_labels.StoredLabels(str(folder), dataset)
+  done = store(
+    teacher, motion_dataset, compilation_cache, f'--out={folder}', '--top=0'
+  )
+  assert done.returncode == 0, done.stderr
+  (file,) = folder.glob('*.array_record')
+  assert file.read_bytes() == content
+  other = store(
+    teacher, motion_dataset, compilation_cache, f'--out={folder}', '--top=3'
+  )
+  assert other.returncode == 2
+  assert 'of another teacher, dataset or --top' in other.stderr
+  assert len(other.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize('kind', ['teacher', 'stored'])
+def test_training_with_token_labels(
+  teacher, motion_dataset, all_scores, compilation_cache, tmp_path, kind
+):
+  place = teacher if kind == 'teacher' else all_scores
+  done = training_command.run(
+    *STUDENT,
+    f'--config.dataset.data_dir={motion_dataset}',
+    f'--config.token_labels.{kind}={place}',
+    '--config.num_epochs=1',
+    '--config.log_every_steps=2',
+    workdir=tmp_path,
+    cache=compilation_cache,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'token_loss' in done.stderr
+  assert json.loads((tmp_path / 'report.json').read_text())['num_videos'] == 48
+
+
+@pytest.mark.parametrize(
+  'flags, words',
+  [
+    (('--config.model.token_label=True',), 'config.token_labels.teacher'),
+    (('--config.token_labels.teacher=x',), 'no use for config.token_labels'),
+    (
+      ('--config.token_labels.teacher=x', '--config.token_labels.stored=y'),
+      'expected one',
+    ),
+  ],
+)
+def test_what_does_not_go_together_is_told(
+  motion_dataset, compilation_cache, tmp_path, flags, words
+):
+  done = training_command.run(
+    *training_command.TINY,
+    f'--config.dataset.data_dir={motion_dataset}',
+    *flags,
+    workdir=tmp_path,
+    cache=compilation_cache,
+  )
+  assert done.returncode == 2
+  assert words in done.stderr.splitlines()[-1]
+  assert 'Traceback' not in done.stderr
+
+
+def test_clips_cover_a_video_and_short_ones_go_on_after_their_end():
+  p = views.Preprocessing(8, 2, 32)
+  clips = stored_labels.clips_of(p, 50)
+  assert clips.shape == (4, 8)
+  assert clips[0, 0] == 0
+  assert clips[-1, -1] == 48
+  assert np.all(np.diff(clips[:, 0]) <= 16)
+  np.testing.assert_array_equal(
+    stored_labels.clips_of(p, 5), np.arange(0, 16, 2)[None]
+  )
