@@ -19,7 +19,13 @@ import pytest
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import loader, records, stored_labels, views
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import augment, losses, step, token_labels
+from dualformer_jax.training import (
+  augment,
+  checkpoint,
+  losses,
+  step,
+  token_labels,
+)
 from tests import reference_arrays, training_command
 
 FIELDS: dict[str, Any] = dict(
@@ -34,7 +40,10 @@ FIELDS: dict[str, Any] = dict(
   coarse_sizes=((4, 2, 2),),
   dtype='float32',
 )
-# The flags of such a model; a student's come first.
+HEAD = {'token_label': True}
+# Little to compile.
+ONE_BLOCK: dict[str, Any] = {**FIELDS, 'depths': (1,), 'coarse_sizes': (None,)}
+# The flags of a student like that.
 STUDENT = (*training_command.TINY, '--config.model.token_label=True')
 
 
@@ -75,15 +84,15 @@ def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
     top=5,
     rescale=((1.0,) * 3, (0.0,) * 3),
   )
+  normal = functools.partial(
+    augment.augment, pixel_mean=(120.0,) * 3, pixel_std=(60.0,) * 3, flip=True
+  )
   train_step = functools.partial(
     step.train_step,
     model=student,
     optimizer=optimizer,
-    augment=functools.partial(
-      augment.augment, pixel_mean=(120.0,) * 3, pixel_std=(60.0,) * 3, flip=True
-    ),
     seed=0,
-    **({'token_targets': ask} | options),
+    **({'token_targets': ask, 'augment': normal} | options),
   )
   return train_step, step.init_state(student, optimizer, seed=1)
 
@@ -98,8 +107,8 @@ def batch_of(frames: int = 16, rows: int = 2) -> dict[str, np.ndarray]:
 
 def test_the_teacher_stays_as_it_is_and_costs_no_gradient():
   # Wide, so that gradients or kept activations would show in the memory.
-  teacher = DualFormer(**{**FIELDS, 'embed_dims': (512,), 'remat': 'none'})
-  student = DualFormer(**FIELDS, token_label=True)
+  wide = {**ONE_BLOCK, 'embed_dims': (512,), 'remat': 'none'}
+  teacher, student = DualFormer(**wide), DualFormer(**ONE_BLOCK, **HEAD)
   variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
   train_step, state = make_step(teacher, student)
   compiled = jax.jit(train_step).lower(state, batch_of(), variables).compile()
@@ -133,8 +142,8 @@ def test_the_teacher_stays_as_it_is_and_costs_no_gradient():
 
 
 def test_a_teacher_of_more_frames_sees_all_and_the_student_every_second():
-  teacher = DualFormer(**FIELDS)
-  student = DualFormer(**{**FIELDS, 'num_frames': 8}, token_label=True)
+  teacher = DualFormer(**ONE_BLOCK)
+  student = DualFormer(**{**ONE_BLOCK, 'num_frames': 8}, **HEAD)
   variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
   train_step, state = make_step(teacher, student)
   batch = batch_of()
@@ -222,20 +231,17 @@ def _all_scores(
   return out
 
 
-def losses_of(teacher, data_dir, stored: pathlib.Path, top: int):
+def losses_of(
+  teacher: pathlib.Path, data_dir: pathlib.Path, stored: pathlib.Path, top: int
+) -> list[float]:
   """The token loss of the same batch, on the fly and from stored labels."""
-  from dualformer_jax.training import checkpoint
-
   variables, description = checkpoint.load_model(teacher)
   model = description.build_model(dtype='float32')
-  student = DualFormer(**FIELDS, token_label=True)
   dataset = records.PreparedDataset('motion', 'train', str(data_dir))
-  preprocessing = dataclasses.replace(
-    description.preprocessing, num_clips=1, num_crops=1
-  )
+  p = dataclasses.replace(description.preprocessing, num_clips=1, num_crops=1)
   batches = loader.train_loader(
     dataset,
-    preprocessing,
+    p,
     batch_size=6,
     seed=4,
     num_threads=2,
@@ -245,40 +251,34 @@ def losses_of(teacher, data_dir, stored: pathlib.Path, top: int):
   )
   batch = next(batches)
   batches.close()
-  batch.pop('video_ids')
-  p = preprocessing
-  normal = functools.partial(
-    augment.augment, pixel_mean=p.pixel_mean, pixel_std=p.pixel_std, flip=True
+  key = jax.random.key(9)
+  clips = augment.augment(
+    key, jnp.asarray(batch['clips']), p.pixel_mean, p.pixel_std, flip=True
   )
-  result = []
-  for targets, rows in (
-    (
-      functools.partial(
-        token_labels.ask_teacher,
-        model=model,
-        frames=8,
-        top=top,
-        rescale=((1.0,) * 3, (0.0,) * 3),
-      ),
-      {name: batch[name] for name in ('clips', 'labels')},
-    ),
-    (
-      functools.partial(
-        token_labels.stored_labels,
-        grid=(8, 8),
-        num_classes=8,
-        top=top,
-        flip=True,
-      ),
-      batch,
-    ),
-  ):
-    train_step, state = make_step(
-      model, student, token_targets=targets, augment=normal
+  asked = jax.jit(
+    functools.partial(
+      token_labels.ask_teacher,
+      model=model,
+      frames=8,
+      top=top,
+      rescale=((1.0,) * 3, (0.0,) * 3),
     )
-    _, values = jax.jit(train_step)(state, rows, variables)
-    result.append(float(values['token_loss']))
-  return result
+  )(key, variables, clips)
+  found = token_labels.stored_labels(
+    key,
+    None,
+    clips,
+    **{n: jnp.asarray(a) for n, a in batch.items() if n.startswith('token_')},
+    grid=(8, 8),
+    num_classes=8,
+    top=top,
+    flip=True,
+  )
+  student = np.random.default_rng(2).normal(size=asked.shape)
+  return [
+    float(losses.soft_cross_entropy(jnp.asarray(student), targets))
+    for targets in (asked, found)
+  ]
 
 
 def test_stored_labels_are_those_of_the_teacher_on_the_same_crops(

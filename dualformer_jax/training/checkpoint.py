@@ -271,17 +271,22 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
   if (folder / '_CHECKPOINT_METADATA').is_file():
     return folder
   for parent in (folder / NEWEST, folder):
-    steps = [
-      int(child.name)
-      for child in (parent.iterdir() if parent.is_dir() else ())
-      if child.name.isdigit() and (child / '_CHECKPOINT_METADATA').is_file()
-    ]
-    if steps:
-      return parent / str(max(steps))
+    if newest := newest_of(parent):
+      return newest
   raise UserError(
     f'{path} holds no checkpoint; expected a checkpoint folder or the workdir '
     'of a training run that has saved one'
   )
+
+
+def newest_of(series: pathlib.Path) -> pathlib.Path | None:
+  """Returns the newest checkpoint folder of a series, None if there is none."""
+  steps = [
+    int(child.name)
+    for child in (series.iterdir() if series.is_dir() else ())
+    if child.name.isdigit() and (child / '_CHECKPOINT_METADATA').is_file()
+  ]
+  return series / str(max(steps)) if steps else None
 
 
 def read_description(folder: pathlib.Path) -> Description:

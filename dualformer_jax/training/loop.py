@@ -70,11 +70,7 @@ def train_and_test(
   # ------------------------------------------------------ what to start from
   # In this order: the newest checkpoint in the workdir; what init_from names;
   # the initial distributions.
-  checkpoints = checkpoint.Checkpoints(
-    workdir / checkpoint.NEWEST, config.checkpoint.keep
-  )
-  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
-  newest = checkpoints.newest()
+  newest = checkpoint.newest_of(workdir / checkpoint.NEWEST)
   source = None
   if newest is not None:
     settle_pixels(config, checkpoint.read_description(newest).preprocessing)
@@ -118,6 +114,10 @@ def train_and_test(
   eval_step = make_eval_step(model, preprocessing, mesh)
 
   # -------------------------------------------------- restore or initialise
+  checkpoints = checkpoint.Checkpoints(
+    workdir / checkpoint.NEWEST, config.checkpoint.keep
+  )
+  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
   description = checkpoint.Description(
     model={name: getattr(model, name) for name in config.model},
     preprocessing=make_preprocessing(config, config.test),
