@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -33,7 +34,12 @@ from tensorflow_datasets.proto import tf_example_pb2
 from tqdm import auto as tqdm
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding, storing
+from dualformer_jax.input_pipeline import (
+  decoding,
+  near_copies,
+  records,
+  storing,
+)
 
 Video = storing.Video
 REPORT = 'report.json'
@@ -143,8 +149,7 @@ class _Entry:
   split: str
   video_id: str
   labels: tuple[int, ...]
-  sha256: str
-  num_bytes: int
+  kept: storing.Stored
 
 
 class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -306,9 +311,7 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
       An iterator, or a Beam transform where Beam's options are given.
     """
     for video, kept in stored:
-      self._add(
-        split, video.video_id, video.labels, kept.sha256, kept.num_bytes
-      )
+      self._add(split, video.video_id, video.labels, kept)
     folder = os.fspath(self._videos_folder)
     videos = [video for video, _ in stored]
     if not any(self._beam.values()):
@@ -327,10 +330,8 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """Examples that were not stored before; the report then has them, too."""
     for key, example in examples:
       video = example['video']
-      digest = hashlib.sha256(video).hexdigest()
-      self._add(
-        split, example['video_id'], [example['label']], digest, len(video)
-      )
+      kept = storing.Stored('', hashlib.sha256(video).hexdigest(), len(video))
+      self._add(split, example['video_id'], [example['label']], kept)
       yield key, example
 
   def _add(
@@ -338,41 +339,64 @@ class ReportingBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     split: str,
     video_id: str,
     labels: Iterable[str | int],
-    sha256: str,
-    num_bytes: int,
+    kept: storing.Stored,
   ) -> None:
     numbers = tuple(int(self.label.encode_example(label)) for label in labels)
-    self._entries.append(_Entry(split, video_id, numbers, sha256, num_bytes))
+    self._entries.append(_Entry(split, video_id, numbers, kept))
 
   def _report(self) -> dict[str, Any]:
     class_names = self.label.names
     splits: dict[str, Any] = {}
     content = hashlib.sha256()
-    copies: dict[str, list[_Entry]] = collections.defaultdict(list)
-    for entry in sorted(self._entries, key=lambda e: (e.split, e.video_id)):
+    entries = sorted(self._entries, key=lambda e: (e.split, e.video_id))
+    for entry in entries:
       split = splits.setdefault(
         entry.split,
         {'videos': 0, 'bytes': 0, 'classes': dict.fromkeys(class_names, 0)},
       )
       split['videos'] += 1
-      split['bytes'] += entry.num_bytes
+      split['bytes'] += entry.kept.num_bytes
       for label in entry.labels:
         split['classes'][class_names[label]] += 1
-      copies[entry.sha256].append(entry)
-      line = [entry.split, entry.video_id, entry.labels, entry.sha256]
+      line = [entry.split, entry.video_id, entry.labels, entry.kept.sha256]
       content.update(json.dumps(line).encode() + b'\n')
     return {
       'dataset': self.info.full_name,
       'fingerprint': content.hexdigest(),
       'splits': splits,
-      # A video to learn from must not be one to test on.
-      'same_in_several_splits': [
-        [entry.video_id for entry in same]
-        for same in copies.values()
-        if len({entry.split for entry in same}) > 1
-      ],
+      records.NEAR_COPIES: _near_copies(entries),
       **self.findings,
     }
+
+
+def _near_copies(entries: Sequence[_Entry]) -> list[dict[str, Any]]:
+  """The videos of a split that are near copies of videos of another.
+
+  A video to learn from must not be one to test on.
+  """
+  splits: dict[str, list[_Entry]] = collections.defaultdict(list)
+  for entry in entries:
+    splits[entry.split].append(entry)
+  found = []
+  # Copies in `train` are told of those in the others.
+  names = sorted(splits, key=lambda name: (name != 'train', name))
+  for a, b in itertools.combinations(names, 2):
+    same = {entry.kept.sha256: entry for entry in splits[a]}
+    copies = {
+      entry.video_id: same[entry.kept.sha256].video_id
+      for entry in splits[b]
+      if entry.kept.sha256 in same
+    }
+    left = [entry for entry in splits[b] if entry.video_id not in copies]
+    for place, other in near_copies.find(
+      [entry.kept.signature for entry in splits[a]],
+      [entry.kept.signature for entry in left],
+    ):
+      copies[left[other].video_id] = splits[a][place].video_id
+    if copies:
+      videos = [[copies[video], video] for video in sorted(copies)]
+      found.append({'splits': [a, b], 'videos': videos})
+  return found
 
 
 class _OrderedWriter(writer.ExampleWriter):
@@ -442,9 +466,15 @@ def _summary(report: dict[str, Any]) -> str:
   lines += [f'  {b["video_id"]}: {b["reason"]}' for b in bad[:20]]
   if len(bad) > 20:
     lines.append(f'  and {len(bad) - 20} more, see {REPORT}')
-  copies = report['same_in_several_splits']
-  if copies:
-    lines.append(f'{len(copies)} videos are in several splits, see {REPORT}')
+  for copies in report[records.NEAR_COPIES]:
+    first, second = copies['splits']
+    lines.append(
+      f'{len(copies["videos"])} videos of {second} are videos of {first} again,'
+      ' or nearly so: what is learnt from one is no news in the other'
+    )
+    lines += [f'  {b} is like {a}' for a, b in copies['videos'][:20]]
+    if len(copies['videos']) > 20:
+      lines.append(f'  and {len(copies["videos"]) - 20} more, see {REPORT}')
   lines += report.get('notes', [])
   return '\n'.join(lines) + '\n'
 

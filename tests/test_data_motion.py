@@ -224,7 +224,7 @@ def test_the_report_says_what_is_stored(built):
   content = ''.join(json.dumps(line) + '\n' for line in sorted(lines))
   fingerprint = hashlib.sha256(content.encode()).hexdigest()
   assert report['fingerprint'] == fingerprint
-  assert report['same_in_several_splits'] == []
+  assert report['near_copies'] == []
 
 
 def test_array_records_hold_the_same_from_any_folder(built, tmp_path):

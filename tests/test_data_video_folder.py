@@ -276,6 +276,9 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path):
   write(videos / 'train' / 'b' / '1.mp4', mp4(1))
   write(videos / 'train' / 'b' / 'sub' / '2.mp4', b'broken')
   write(videos / 'val' / 'b' / '0.mp4', same)
+  smaller = [cv2.resize(f, (48, 36)) for f in clip(1)]
+  again = decoding.encode_mp4(smaller[1:], fps=12, crf=30)
+  write(videos / 'val' / 'b' / 'again.mp4', again)
   write(videos / 'val' / 'a' / '3.mp4', mp4(3))
   write(videos / 'test' / 'a' / '4.mp4', b'broken')
   write(videos / 'train' / 'stray.mp4', mp4(5))
@@ -283,9 +286,25 @@ def test_folders_of_splits_are_taken_as_they_are(tmp_path):
   assert builder.label.names == ['a', 'b']
   assert {name: s['classes'] for name, s in report['splits'].items()} == {
     'train': {'a': 0, 'b': 2},
-    'validation': {'a': 1, 'b': 1},
+    'validation': {'a': 1, 'b': 2},
   }
-  assert report['same_in_several_splits'] == [['train/b/0.mp4', 'val/b/0.mp4']]
+  pairs = [
+    ('train/b/0.mp4', 'val/b/0.mp4'),
+    ('train/b/1.mp4', 'val/b/again.mp4'),
+  ]
+  assert report['near_copies'] == [
+    {'splits': ['train', 'validation'], 'videos': [list(p) for p in pairs]}
+  ]
+  summary = (builder.data_path / 'summary.txt').read_text()
+  assert '2 videos of validation are videos of train again' in summary
+  assert '  val/b/again.mp4 is like train/b/1.mp4' in summary
+  train, validation = (
+    records.PreparedDataset(os.fspath(builder.data_path), split, '')
+    for split in ('train', 'validation')
+  )
+  assert records.near_copies(train, validation) == pairs
+  assert records.near_copies(validation, train) == [(b, a) for a, b in pairs]
+  assert records.near_copies(train, train) == []
   assert report['ignored'] == {'not in the folder of a class': 1}
   assert report['notes'] == [
     "class 'a' has no good video for train, test",

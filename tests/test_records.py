@@ -112,6 +112,26 @@ def test_the_order_is_that_of_the_files(prepared_datasets):
   assert len(found) == 11
 
 
+def test_a_report_that_is_not_ours_tells_of_no_near_copies(copied):
+  folder = str(copied().parents[1])
+  train, validation = (
+    records.PreparedDataset('levels', split, folder)
+    for split in ('train', 'validation')
+  )
+  report = train.folder / 'report.json'
+  assert not report.exists()
+  assert records.near_copies(train, validation) == []
+  for text in (
+    '{"near_copies": 3}',
+    '{"near_copies": [3]}',
+    '{"near_copies": [{"splits": 3, "videos": [["a", "b"]]}]}',
+    '{"near_copies": [{"splits": ["train", "validation"], "videos": ["abc"]}]}',
+    '{"near_copies": [{"splits": ["train", "validation"]}]}',
+  ):
+    report.write_text(text)
+    assert records.near_copies(train, validation) == []
+
+
 def test_a_folder_may_be_named_directly(prepared_datasets):
   folder = prepared_datasets / 'tfrecord' / 'levels' / '1.0.0'
   dataset = records.PreparedDataset(str(folder), 'train', '/nowhere')

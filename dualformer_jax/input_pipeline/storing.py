@@ -29,13 +29,13 @@ import cv2
 import numpy as np
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import decoding
+from dualformer_jax.input_pipeline import decoding, near_copies
 
 # A record (a protocol buffer) holds less than 2 GiB.
 MAX_BYTES = (2 << 30) - (1 << 20)
 FORMS = ('reencoded', 'verbatim', 'jpeg')
 # Changes with what is made of the same video, so that nothing old is taken.
-_VERSION = 1
+_VERSION = 2
 _FRAME_FILES = frozenset({'.jpg', '.jpeg', '.png', '.webp', '.bmp'})
 _JPEG_FILES = frozenset({'.jpg', '.jpeg'})
 
@@ -108,11 +108,13 @@ class Stored:
     reason: why there is nothing to store; '' if there is.
     sha256: of what is stored.
     num_bytes: of the same.
+    signature: of what it looks like; see near_copies.
   """
 
   reason: str
   sha256: str = ''
   num_bytes: int = 0
+  signature: str = ''
 
 
 def store(
@@ -125,13 +127,16 @@ def store(
   """
   try:
     base = _place(video, storage, folder)
-  except OSError:
-    return Stored('is not a file, or a link that leads nowhere')
+  except OSError as error:
+    return Stored(
+      f'is not a file, or a link that leads nowhere ({error.strerror})'
+    )
   outcome = base.with_suffix('.json')
   if outcome.exists():
     return Stored(**json.loads(outcome.read_text('utf-8')))
+  signature = near_copies.Signature()
   try:
-    content = _content(video, storage)
+    content = _content(video, storage, signature)
     if len(content) > MAX_BYTES:
       raise decoding.VideoError(
         f'takes {len(content)} bytes, more than a record can'
@@ -143,7 +148,7 @@ def store(
     stored, content = Stored(reason), b''
   else:
     sha256 = hashlib.sha256(content).hexdigest()
-    stored = Stored('', sha256, len(content))
+    stored = Stored('', sha256, len(content), signature.text())
   base.parent.mkdir(parents=True, exist_ok=True)
   if content and not _is_kept_in_place(video, storage):
     _write(base.with_suffix('.video'), content)
@@ -318,8 +323,10 @@ def _is_kept_in_place(video: Video, storage: Storage) -> bool:
   return storage.form == 'verbatim' and not video.path.is_dir()
 
 
-def _content(video: Video, storage: Storage) -> bytes:
-  """What is kept of a video.
+def _content(
+  video: Video, storage: Storage, signature: near_copies.Signature
+) -> bytes:
+  """What is kept of a video, whose frames the signature sees.
 
   Raises:
     VideoError: it cannot be decoded to its end, or has no frame.
@@ -331,20 +338,21 @@ def _content(video: Video, storage: Storage) -> bytes:
     )
   if path.is_dir():
     if storage.form != 'reencoded':
-      return _jpeg_files(path, video.fps, storage)
-    frames: Iterable[decoding.Frame] = _frames_of_folder(path)
+      return _jpeg_files(path, video.fps, storage, signature)
+    frames = _shrunk(_frames_of_folder(path), storage.short_side)
     return decoding.encode_mp4(
-      _shrunk(frames, storage.short_side), fps=video.fps, crf=storage.crf
+      signature.watch(frames), fps=video.fps, crf=storage.crf
     )
   if not path.is_file():
     raise decoding.VideoError('is neither a file nor a folder of frames')
   if storage.form == 'verbatim':
     content = path.read_bytes()
-    decoding.probe(path)
+    for _ in signature.watch(decoding.stream_frames(path)):
+      pass
     return content
   fps = decoding.frame_rate(path)
-  frames = _shrunk(
-    decoding.stream_frames(path, video.seconds), storage.short_side
+  frames = signature.watch(
+    _shrunk(decoding.stream_frames(path, video.seconds), storage.short_side)
   )
   if storage.form == 'reencoded':
     return decoding.encode_mp4(frames, fps=fps, crf=storage.crf)
@@ -421,12 +429,17 @@ def _frames_of_folder(folder: pathlib.Path) -> Iterator[decoding.Frame]:
     yield _decoded(path.read_bytes(), path.name)
 
 
-def _jpeg_files(folder: pathlib.Path, fps: float, storage: Storage) -> bytes:
+def _jpeg_files(
+  folder: pathlib.Path,
+  fps: float,
+  storage: Storage,
+  signature: near_copies.Signature,
+) -> bytes:
   """The frames of a folder as JPEG files; as they are, where possible."""
   jpegs = []
   for path in _files_of_frames(folder):
     content = path.read_bytes()
-    frame = _decoded(content, path.name)
+    (frame,) = signature.watch([_decoded(content, path.name)])
     is_jpeg = path.suffix.lower() in _JPEG_FILES
     if storage.form == 'verbatim' and not is_jpeg:
       raise decoding.VideoError(
