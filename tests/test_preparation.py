@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 import fractions
 import io
 import json
@@ -11,9 +11,9 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
-import wave
 
 import av
 import cv2
@@ -73,10 +73,14 @@ def encode(
 
 
 def sound() -> bytes:
+  """An MP4 file without pictures."""
   file = io.BytesIO()
-  with wave.open(file, 'wb') as output:
-    output.setparams((1, 2, 8000, 0, 'NONE', ''))
-    output.writeframes(bytes(8000))
+  with av.open(file, 'w', format='mp4') as output:
+    stream = output.add_stream('aac', rate=8000)
+    silence = np.zeros((1, 8000), np.float32)
+    frame = av.AudioFrame.from_ndarray(silence, format='fltp', layout='mono')
+    frame.sample_rate = 8000
+    output.mux([*stream.encode(frame), *stream.encode()])
   return file.getvalue()
 
 
@@ -147,7 +151,7 @@ BAD: dict[str, tuple[str, Callable[[int], bytes], str]] = {
     'cut short|decoded',
   ),
   'empty': ('.mp4', lambda n: b'', 'is empty'),
-  'sound': ('.mp4', lambda n: sound(), 'no video stream|decoded'),
+  'sound': ('.mp4', lambda n: sound(), 'holds no video stream'),
   'text': ('.mp4', lambda n: b'not a video\n' * 20, 'cannot be decoded'),
 }
 
@@ -317,6 +321,41 @@ def test_nothing_is_done_twice(tmp_path):
   path.write_bytes(decoding.encode_mp4(film(1), fps=25))
   again = storing.store(video, storing.Storage(), tmp_path / 'kept')
   assert again.sha256 != first.sha256
+
+
+@pytest.fixture
+def nobodys_folder() -> Iterator[pathlib.Path]:
+  """A folder of a user who may not read what is closed, as root may."""
+  # Not tmp_path: the folders above that are closed to others.
+  with tempfile.TemporaryDirectory() as folder:
+    os.chmod(folder, 0o777)
+    is_root = not os.geteuid()
+    if is_root:
+      os.seteuid(65534)
+    try:
+      yield pathlib.Path(folder)
+    finally:
+      if is_root:
+        os.seteuid(0)
+
+
+def test_what_may_not_be_read_is_told(nobodys_folder):
+  closed = nobodys_folder / 'closed'
+  closed.mkdir()
+  paths = (nobodys_folder / 'locked.mp4', closed / 'inside.mp4')
+  for path in paths:
+    path.write_bytes(decoding.encode_mp4(film(0), fps=25))
+  paths[0].chmod(0)
+  closed.chmod(0)
+  kept = nobodys_folder / 'kept'
+  try:
+    for path in paths:
+      for form in storing.FORMS:
+        video = storing.Video(path.name, path, 'x')
+        stored = storing.store(video, storing.Storage(form), kept)
+        assert 'Permission denied' in stored.reason
+  finally:
+    closed.chmod(0o700)
 
 
 def test_a_file_that_kills_the_decoder_is_left_out(tmp_path, monkeypatch):
