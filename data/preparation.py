@@ -469,8 +469,8 @@ def _summary(report: dict[str, Any]) -> str:
   for copies in report[records.NEAR_COPIES]:
     first, second = copies['splits']
     lines.append(
-      f'{len(copies["videos"])} videos of {second} are videos of {first} again,'
-      ' or nearly so: what is learnt from one is no news in the other'
+      f'{len(copies["videos"])} videos of {second} are in {first} as well, the'
+      ' same or nearly so: how they are classified says little of new videos'
     )
     lines += [f'  {b} is like {a}' for a, b in copies['videos'][:20]]
     if len(copies['videos']) > 20:

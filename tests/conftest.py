@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+import fcntl
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import pytest
 
+from dualformer_jax.input_pipeline import records
 from tests import tfds_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
@@ -32,36 +36,70 @@ def clips_dir() -> pathlib.Path:
   )
 
 
+def made_once(
+  tmp_path_factory: pytest.TempPathFactory,
+  worker_id: str,
+  name: str,
+  make: Callable[[pathlib.Path], None],
+) -> pathlib.Path:
+  """A folder of datasets, made in one of the processes that run tests."""
+  # pytest-xdist's processes have their folders side by side.
+  folder = tmp_path_factory.getbasetemp()
+  folder = (folder if worker_id == 'master' else folder.parent) / name
+  with open(folder.with_suffix('.lock'), 'wb') as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)  # Until the file is closed.
+    if not folder.exists():
+      unfinished = folder.with_suffix('.unfinished')
+      shutil.rmtree(unfinished, ignore_errors=True)
+      unfinished.mkdir()
+      make(unfinished)
+      # An index comes to lie beside the files; not while others copy them.
+      for info in unfinished.rglob('dataset_info.json'):
+        for split in ('train', 'validation'):
+          records.PreparedDataset(str(info.parent), split, '')
+      unfinished.rename(folder)
+  return folder
+
+
 @pytest.fixture(scope='session')
 def prepared_datasets(
-  tmp_path_factory: pytest.TempPathFactory,
+  tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> pathlib.Path:
   """Datasets that TFDS wrote, to be copied before they are changed.
 
   FORMAT/NAME with format tfrecord or array_record and names `levels`,
   `levels_multi` and `flawed`; see tests/levels_datasets.py.
   """
-  folder = tmp_path_factory.mktemp('prepared')
-  # On its own, as TensorFlow takes seconds to import, and warns.
-  subprocess.run(
-    [sys.executable, '-m', 'tests.levels_datasets', folder],
-    cwd=REPOSITORY,
-    check=True,
-    capture_output=True,
-    timeout=300,
-  )
-  return folder
+
+  def make(folder: pathlib.Path) -> None:
+    # On its own, as TensorFlow takes seconds to import, and warns.
+    subprocess.run(
+      [sys.executable, '-m', 'tests.levels_datasets', folder],
+      cwd=REPOSITORY,
+      check=True,
+      capture_output=True,
+      timeout=300,
+    )
+
+  return made_once(tmp_path_factory, worker_id, 'prepared', make)
 
 
 @pytest.fixture(scope='session')
-def motion_dataset(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """The data_dir of a small `motion`: 48 videos in each of its splits."""
-  folder = tmp_path_factory.mktemp('motion')
-  done = tfds_command.tfds_build(
-    'data/motion', '--max_examples_per_split=48', f'--data_dir={folder}'
-  )
-  assert done.returncode == 0, done.stderr
-  return folder
+def motion_dataset(
+  tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> pathlib.Path:
+  """The data_dir of a small `motion`: 48 videos in each of its splits.
+
+  To be copied before it is changed.
+  """
+
+  def make(folder: pathlib.Path) -> None:
+    done = tfds_command.tfds_build(
+      'data/motion', '--max_examples_per_split=48', f'--data_dir={folder}'
+    )
+    assert done.returncode == 0, done.stderr
+
+  return made_once(tmp_path_factory, worker_id, 'motion', make)
 
 
 @pytest.fixture(scope='session')

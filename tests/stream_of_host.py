@@ -1,6 +1,6 @@
-"""Prints what a host reads: `python -m tests.stream_of_host '{...}'`.
+"""What a host reads; printed by `python -m tests.stream_of_host '{...}'`.
 
-A process of its own, as hosts are; a line of JSON for each batch.
+As a process of its own, as hosts are; a line of JSON for each batch.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
+from typing import Any
 
 from dualformer_jax.input_pipeline import loader, records, views
 
 
-def main() -> None:
-  asked = json.loads(sys.argv[1])
+def read(asked: dict[str, Any]) -> list[dict[str, Any]]:
+  """The rows of each batch, and the state after it."""
   dataset = records.PreparedDataset('levels', 'train', asked['data_dir'])
   clips = loader.train_loader(
     dataset,
@@ -27,6 +28,7 @@ def main() -> None:
   )
   if asked['state']:
     clips.set_state(asked['state'])
+  batches = []
   for _ in range(asked['batches']):
     batch = next(clips)
     rows = [
@@ -35,8 +37,14 @@ def main() -> None:
         batch['video_ids'], batch['labels'], batch['clips'], strict=True
       )
     ]
-    print(json.dumps({'rows': rows, 'state': clips.get_state()}), flush=True)
+    batches.append({'rows': rows, 'state': clips.get_state()})
   clips.close()
+  return batches
+
+
+def main() -> None:
+  for batch in read(json.loads(sys.argv[1])):
+    print(json.dumps(batch))
 
 
 if __name__ == '__main__':

@@ -38,7 +38,8 @@ class Case:
     broken: the same, but not to be decoded.
     classes: their names, or how many there are and some of them.
     labels: of each good video, by split.
-    missing: how many are listed, but not there, by split.
+    missing: how many are listed, but not there, by split and class; one video
+      of each split.
     undecodable: the names of the broken ones.
   """
 
@@ -48,7 +49,7 @@ class Case:
   broken: Sequence[str]
   classes: Sequence[str] | Mapping[int, str]
   labels: Mapping[str, Mapping[str, int | tuple[int, ...]]]
-  missing: Mapping[str, int]
+  missing: Mapping[str, Mapping[str, int]]
   undecodable: Sequence[str]
 
 
@@ -96,7 +97,7 @@ def kinetics_case(number: int, head: int, football: int) -> Case:
       },
       'validation': {'0wR5jVB-WPk_000417_000427': number - 1},
     },
-    {'validation': 1},
+    {'validation': {'air drumming': 1}},
     ['_4YTwq0-73Y_000004_000014'],
   )
 
@@ -133,7 +134,7 @@ def ucf101_case(split: int) -> Case:
       },
       'test': {'ApplyLipstick/v_ApplyLipstick_g01_c01': 0},
     },
-    {'test': 1},
+    {'test': {'ApplyLipstick': 1}},
     ['ApplyLipstick/v_ApplyLipstick_g08_c01'],
   )
   return case
@@ -174,7 +175,7 @@ HMDB51 = Case(
       'kick_ball/April_09_kick_ball_u_nm_np1_ba_goo_0': 21,
     },
   },
-  {'train': 1},
+  {'train': {'brush_hair': 1}},
   ['brush_hair/Broken_brush_hair_u_nm_np1_ba_goo_2'],
 )
 
@@ -209,7 +210,7 @@ DIVING48 = Case(
     'Back+15som+NoTwis+PIKE',
   ],
   {'train': {'-mmq0PT-u8k_00155': 2}, 'test': {'1uLhZUSROnM_00009': 1}},
-  {'train': 1},
+  {'train': {'Back+15som+05Twis+FREE': 1}},
   ['zYdcxjTKaqE_00026'],
 )
 
@@ -241,7 +242,10 @@ SOMETHING_V1 = Case(
     'Approaching something with your camera',
   ],
   {'train': {'100218': 2}, 'validation': {'74225': 0}},
-  {'train': 1, 'validation': 1},
+  {
+    'train': {'Holding something': 1},
+    'validation': {'Turning something upside down': 1},
+  },
   ['24413'],
 )
 
@@ -257,7 +261,7 @@ JESTER = Case(
   ['20bn-jester-v1/42920/00001.jpg'],
   ['Swiping Left', 'Drumming Fingers', 'Stop Sign'],
   {'train': {'34870': 1}, 'validation': {'9223': 2}},
-  {'train': 1},
+  {'train': {'Swiping Left': 1}},
   ['42920'],
 )
 
@@ -302,7 +306,7 @@ SOMETHING_V2 = Case(
     'Approaching something with your camera',
   ],
   {'train': {'78687': 0}, 'validation': {'74225': 1}},
-  {'train': 1},
+  {'train': {'Approaching something with your camera': 1}},
   ['116154'],
 )
 
@@ -337,7 +341,7 @@ MOMENTS = Case(
     },
     'validation': {'blocking/flickr-1-2.3-4_5': 1},
   },
-  {'train': 1},
+  {'train': {'clapping': 1}},
   ['blocking/getty-karate-video-id635808620_4'],
 )
 
@@ -368,7 +372,7 @@ MULTI_MOMENTS = Case(
     },
     'validation': {'paddling/vine-11_3': (0, 1, 2)},
   },
-  {'train': 1},
+  {'train': {'crafting': 1, 'paddling': 1, 'raining': 1}},
   ['paddling/vine-12_3'],
 )
 
@@ -412,7 +416,7 @@ ACTIVITYNET = Case(
   ['val/v_bXdq2zI1Ms0.mp4'],
   ['Archery', 'BMX', 'Baking cookies', 'Zumba'],
   {'train': {'v__o-xPK-8AD8': 2}, 'validation': {'v_sJFgo9H6zNo': 0}},
-  {'train': 1},
+  {'train': {'BMX': 1}},
   ['v_bXdq2zI1Ms0'],
 )
 ACTIVITYNET_SEGMENTS = dataclasses.replace(
@@ -467,7 +471,7 @@ HVU = Case(
     },
     'validation': {'OLpWTpTC4P8_000570_000670': (1, 5)},
   },
-  {'train': 1},
+  {'train': {'plant': 1, 'suburb': 1}},
   ['xsPKW4tZZBc_002330_002430'],
 )
 HVU_OBJECT = dataclasses.replace(
@@ -478,6 +482,7 @@ HVU_OBJECT = dataclasses.replace(
     'train': {'eeEC-oWWAM0_000905_000925': (0, 1)},
     'validation': {'OLpWTpTC4P8_000570_000670': (1,)},
   },
+  missing={'train': {'plant': 1}},
 )
 
 OMNISOURCE = Case(
@@ -515,7 +520,7 @@ OMNISOURCE = Case(
   ['kinetics_200_val/zymA_6jZIz4.mp4'],
   ['zumba', 'arm_wrestling', 'abseiling'],
   {'train': {'0074cdXclLU': 2}, 'validation': {'01fAWEHzudA': 1}},
-  {'train': 1},
+  {'train': {'zumba': 1}},
   ['zymA_6jZIz4'],
 )
 OMNISOURCE_INSVIDEO = dataclasses.replace(
@@ -543,6 +548,7 @@ OMNISOURCE_RAW = dataclasses.replace(
     },
     'validation': {'01fAWEHzudA': 1},
   },
+  missing={'train': {'arm_wrestling': 1}},
 )
 
 CASES = (
@@ -606,7 +612,10 @@ def definition(name: str, out: pathlib.Path) -> published.AnnotatedBuilder:
 def check(case: Case, folder: pathlib.Path) -> None:
   """Reads back what was prepared."""
   report = json.loads((folder / 'report.json').read_text('utf-8'))
-  assert report['missing_videos'] == case.missing
+  assert report['missing'] == case.missing
+  assert report['missing_videos'] == dict.fromkeys(case.missing, 1)
+  listed = (folder / 'missing.txt').read_text('utf-8').splitlines()
+  assert [line.split()[0] for line in listed] == list(case.missing)
   assert sorted(v['video_id'] for v in report['undecodable']) == sorted(
     case.undecodable
   )
@@ -686,6 +695,21 @@ def test_the_test_list_of_kinetics_is_a_split_if_it_has_labels(tmp_path):
   assert [video for video in listed if video.split == 'test'] == [
     published.Listed('--6q_33gNew_000132_000142', 'zumba', 'test')
   ]
+
+
+@pytest.mark.parametrize('number', [400, 600, 700])
+def test_lists_of_kinetics_may_have_other_names(number, tmp_path):
+  builder = definition(f'kinetics{number}', tmp_path)
+  case = kinetics_case(number, 0, 0)
+  folder = lay_out(dataclasses.replace(case, videos=(), broken=()), tmp_path)
+  expected = builder.read_annotations(folder)
+  assert len(expected[1]) == 5
+  for form in ('kinetics_{}.csv', f'kinetics-{number}_{{}}.csv', '{}.txt'):
+    names = {'train': 'train', 'validate': 'val', 'val': 'val', 'test': 'test'}
+    for path in sorted((folder / 'annotations').iterdir()):
+      word = path.stem.replace('-', '_').split('_')[-1]
+      path.rename(path.with_name(form.format(names[word])))
+    assert builder.read_annotations(folder) == expected
 
 
 def test_the_long_videos_of_omnisource_need_not_be_cut(tmp_path):

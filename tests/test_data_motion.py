@@ -174,22 +174,11 @@ def test_motion_tells_the_class_and_its_direction_is_the_one_named():
   assert (np.array(seen) == labels).mean() >= 0.97
 
 
-@pytest.fixture(scope='module')
-def built(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  """A folder with a small motion, as TFRecord."""
-  folder = tmp_path_factory.mktemp('motion')
-  done = tfds_command.tfds_build(
-    'data/motion', f'--data_dir={folder}', '--max_examples_per_split=48'
-  )
-  assert done.returncode == 0, done.stderr
-  return folder
-
-
-def test_the_command_builds_videos_of_every_class(built):
+def test_the_command_builds_videos_of_every_class(motion_dataset):
   names = set()
   contents = set()
   for split in ('train', 'validation'):
-    dataset = records.PreparedDataset('motion', split, str(built))
+    dataset = records.PreparedDataset('motion', split, str(motion_dataset))
     assert dataset.class_names == NAMES
     assert len(dataset) == 48
     examples = [dataset[i] for i in range(48)]
@@ -205,12 +194,12 @@ def test_the_command_builds_videos_of_every_class(built):
   assert len(names) == len(contents) == 96
 
 
-def test_the_report_says_what_is_stored(built):
-  folder = built / 'motion' / '1.0.0'
+def test_the_report_says_what_is_stored(motion_dataset):
+  folder = motion_dataset / 'motion' / '1.0.0'
   report = json.loads((folder / 'report.json').read_text())
   lines = []
   for split in ('train', 'validation'):
-    dataset = records.PreparedDataset('motion', split, str(built))
+    dataset = records.PreparedDataset('motion', split, str(motion_dataset))
     examples = [dataset[i] for i in range(len(dataset))]
     assert report['splits'][split] == {
       'videos': 48,
@@ -227,7 +216,7 @@ def test_the_report_says_what_is_stored(built):
   assert report['near_copies'] == []
 
 
-def test_array_records_hold_the_same_from_any_folder(built, tmp_path):
+def test_array_records_hold_the_same_from_any_folder(motion_dataset, tmp_path):
   done = tfds_command.tfds_build(
     tfds_command.REPOSITORY / 'data' / 'motion',
     f'--data_dir={tmp_path}',
@@ -237,8 +226,8 @@ def test_array_records_hold_the_same_from_any_folder(built, tmp_path):
   )
   assert done.returncode == 0, done.stderr
   name = pathlib.Path('motion', '1.0.0', 'report.json')
-  assert (tmp_path / name).read_text() == (built / name).read_text()
+  assert (tmp_path / name).read_text() == (motion_dataset / name).read_text()
   dataset = records.PreparedDataset('motion', 'validation', str(tmp_path))
-  other = records.PreparedDataset('motion', 'validation', str(built))
+  other = records.PreparedDataset('motion', 'validation', str(motion_dataset))
   videos = {dataset[i].video_id: dataset[i].video for i in range(48)}
   assert videos == {other[i].video_id: other[i].video for i in range(48)}

@@ -19,7 +19,7 @@ import pytest
 
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import decoding, loader, records, views
-from tests import conftest
+from tests import conftest, stream_of_host
 
 PREPROCESSING = views.Preprocessing(4, 2, 24, num_clips=2, num_crops=3)
 # Of the dataset `flawed`, in tests/levels_datasets.py.
@@ -101,8 +101,8 @@ def test_several_labels_are_given_as_ones(make_loader):
       np.testing.assert_array_equal(row, np.arange(3) < count)
 
 
-def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
-  """What hosts read that run at the same time, each a process."""
+def host_of(data_dir: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
+  """What a host is to read; see tests/stream_of_host.py."""
   defaults = {
     'data_dir': str(data_dir / 'tfrecord'),
     'batch_size': 4,
@@ -112,13 +112,18 @@ def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
     'batches': 11,
     'state': None,
   }
+  return defaults | asked
+
+
+def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
+  """What hosts read that run at the same time, each a process."""
   hosts = [
     subprocess.Popen(
       [
         sys.executable,
         '-m',
         'tests.stream_of_host',
-        json.dumps(defaults | host),
+        json.dumps(host_of(data_dir, host)),
       ],
       cwd=conftest.REPOSITORY,
       stdout=subprocess.PIPE,
@@ -133,11 +138,9 @@ def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
 
 def test_two_hosts_read_what_one_does_and_go_on_at_any_step(prepared_datasets):
   two = {'process_count': 2}
-  alone, first, second = streams(
-    prepared_datasets,
-    {'num_threads': 1},
-    two,
-    two | {'process_index': 1, 'num_threads': 5},
+  alone = stream_of_host.read(host_of(prepared_datasets, {'num_threads': 1}))
+  first, second = streams(
+    prepared_datasets, two, two | {'process_index': 1, 'num_threads': 5}
   )
   for one, left, right in zip(alone, first, second, strict=True):
     assert one['rows'] == left['rows'] + right['rows']
@@ -149,11 +152,9 @@ def test_two_hosts_read_what_one_does_and_go_on_at_any_step(prepared_datasets):
   # What one host began, two go on with; and the other way round.
   state = first[5]['state']
   go_on = {'state': state, 'batches': 5}
-  resumed, left, right = streams(
-    prepared_datasets,
-    go_on,
-    two | go_on,
-    two | go_on | {'process_index': 1},
+  resumed = stream_of_host.read(host_of(prepared_datasets, go_on))
+  left, right = streams(
+    prepared_datasets, two | go_on, two | go_on | {'process_index': 1}
   )
   assert resumed == alone[6:]
   assert left == first[6:]
@@ -333,7 +334,9 @@ def damaged(folder: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
   return target
 
 
-def test_a_damaged_record_is_replaced_too(prepared_datasets, tmp_path):
+def test_a_damaged_record_is_replaced_too(
+  prepared_datasets, tmp_path, warnings_logged
+):
   dataset = open_dataset(damaged(prepared_datasets, tmp_path))
   iterator = loader.train_loader(
     dataset, PREPROCESSING, batch_size=11, seed=0, num_threads=2, prefetch=1
@@ -341,7 +344,12 @@ def test_a_damaged_record_is_replaced_too(prepared_datasets, tmp_path):
   names = next(iterator)['video_ids']
   assert len(set(names)) == 10
   assert list(iterator.failed) == ['record 0']
-  assert 'checksum' in iterator.failed['record 0']
+  (path,) = tmp_path.rglob('*train.tfrecord-00000*')
+  reason = f'({path}, at byte 0): its checksum is wrong'
+  assert reason in iterator.failed['record 0']
+  (warning,) = warnings_logged
+  assert 'the next one takes its place' in warning
+  assert reason in warning
   iterator.close()
 
 

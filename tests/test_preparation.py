@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -430,6 +431,31 @@ def test_frames_that_are_damaged_are_told(tmp_path):
   empty = storing.Video('e', tmp_path / 'nothing', 'x')
   stored = storing.store(empty, storing.Storage(), tmp_path / 'kept')
   assert 'without frames' in stored.reason
+
+
+def test_the_options_of_clusters_are_those_of_beam():
+  readme = tfds_command.REPOSITORY / 'data' / 'README.md'
+  rows = re.findall(r'`(runner=[^`]+)`', readme.read_text('utf-8'))
+  assert len(rows) == 4
+  program = """
+import sys
+from apache_beam.options import pipeline_options
+for row in sys.argv[1:]:
+  options = dict(option.split('=', 1) for option in row.split(','))
+  # What Beam does not know is left out; numbers are numbers.
+  known = pipeline_options.PipelineOptions(
+    [f'--{name}={value}' for name, value in options.items()]
+  ).get_all_options(drop_default=True)
+  assert {name: str(value) for name, value in known.items()} == options, row
+"""
+  done = subprocess.run(
+    [sys.executable, '-c', program, *rows],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr
 
 
 def test_beam_workers_give_the_same_dataset(videos, tmp_path):

@@ -17,7 +17,7 @@ from dualformer_jax.input_pipeline import decoding, records, views
 from dualformer_jax.training import loop, sharding, step
 
 # How long each of the three is run.
-_SECONDS = 5.0
+_SECONDS = 3.0
 _MIN_BATCHES = 3
 # Clips that are taken apart, on one thread.
 _CLIPS = 16
