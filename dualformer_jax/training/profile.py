@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+import itertools
 import json
 import logging
 import os
@@ -120,7 +121,7 @@ def profile(
   _LOG.info(
     'ms a clip: %s; read, decode and resize on one core of %d',
     ', '.join(
-      f'{name} {value:.1f}'
+      f'{name} {value:.3g}'
       for name, value in result['milliseconds_per_clip'].items()
     ),
     result['cores'],
@@ -208,40 +209,33 @@ def _take_apart(
 ) -> dict[str, float]:
   """Seconds per clip that one thread spends on each stage."""
   preprocessing = loop.make_preprocessing(config)
-  read = decode = total = 0.0
+  dataset = config.dataset
+  seconds = dict.fromkeys(('read', 'decode', 'resize'), 0.0)
   count = 0
   for number in range(4 * _CLIPS):
     index = (number * 7919) % len(data)  # from all over the files
-    start = time.perf_counter()
+    rng = np.random.default_rng(number)
+    # What views.train_clip does, in three steps.
+    pick = functools.partial(views.pick_train_frames, preprocessing, rng)
+    ends = [time.perf_counter()]
     try:
-      example = data[index]
-      reading = time.perf_counter() - start
-
-      pick = functools.partial(
-        views.pick_train_frames, preprocessing, np.random.default_rng(number)
-      )
-      start = time.perf_counter()
-      decoding.decode_frames(example.video, pick)
-      decoding_ = time.perf_counter() - start
-      start = time.perf_counter()
-      views.train_clip(
-        example.video,
-        preprocessing,
-        np.random.default_rng(number),
-        short_side=config.dataset.train_short_side,
-        random_crop=config.dataset.random_crop,
-      )
-      total += time.perf_counter() - start
+      video = data[index].video
+      ends.append(time.perf_counter())
+      frames = decoding.decode_frames(video, pick)
+      ends.append(time.perf_counter())
+      frames = views.resize_short_side(frames, dataset.train_short_side)
+      if dataset.random_crop:
+        views.random_resized_crop(frames, preprocessing.image_size, rng)
+      else:
+        views.center_crop(frames, preprocessing.image_size)
+      ends.append(time.perf_counter())
     except UserError:  # Cannot be read; training skips it, too.
       continue
-    read += reading
-    decode += decoding_
+    for name, (start, end) in zip(
+      seconds, itertools.pairwise(ends), strict=True
+    ):
+      seconds[name] += end - start
     count += 1
     if count == _CLIPS:
       break
-  count = max(count, 1)
-  return {
-    'read': read / count,
-    'decode': decode / count,
-    'resize': max(0.0, total - decode) / count,
-  }
+  return {name: total / max(count, 1) for name, total in seconds.items()}
