@@ -21,8 +21,7 @@ def read(asked: dict[str, Any]) -> list[dict[str, Any]]:
     views.Preprocessing(4, 2, 24),
     batch_size=asked['batch_size'],
     seed=3,
-    process_index=asked['process_index'],
-    process_count=asked['process_count'],
+    rows=asked['rows'],
     num_threads=asked['num_threads'],
     short_side=30,
   )

@@ -71,6 +71,12 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     np.testing.assert_array_equal(found[name], value)
 
 
+def rows_of(batch_size: int, host: int, hosts: int) -> range:
+  """Rows of a batch that lies on hosts in their order."""
+  count = batch_size // hosts
+  return range(host * count, (host + 1) * count)
+
+
 def ids(batches: list[dict[str, Any]]) -> list[str]:
   return [name for batch in batches for name in batch['video_ids']]
 
@@ -106,8 +112,7 @@ def host_of(data_dir: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
   defaults = {
     'data_dir': str(data_dir / 'tfrecord'),
     'batch_size': 4,
-    'process_index': 0,
-    'process_count': 1,
+    'rows': None,
     'num_threads': 2,
     'batches': 11,
     'state': None,
@@ -137,13 +142,15 @@ def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
 
 
 def test_two_hosts_read_what_one_does_and_go_on_at_any_step(prepared_datasets):
-  two = {'process_count': 2}
+  # As a mesh may have it: a device of each host in turn.
+  left_rows, right_rows = {'rows': [0, 2]}, {'rows': [1, 3]}
   alone = stream_of_host.read(host_of(prepared_datasets, {'num_threads': 1}))
   first, second = streams(
-    prepared_datasets, two, two | {'process_index': 1, 'num_threads': 5}
+    prepared_datasets, left_rows, right_rows | {'num_threads': 5}
   )
   for one, left, right in zip(alone, first, second, strict=True):
-    assert one['rows'] == left['rows'] + right['rows']
+    assert one['rows'][::2] == left['rows']
+    assert one['rows'][1::2] == right['rows']
     assert one['state'] == left['state'] == right['state']
   # 44 clips are four epochs of 11 videos: each once, on one of the hosts.
   names = [row[0] for one in alone for row in one['rows']]
@@ -154,7 +161,7 @@ def test_two_hosts_read_what_one_does_and_go_on_at_any_step(prepared_datasets):
   go_on = {'state': state, 'batches': 5}
   resumed = stream_of_host.read(host_of(prepared_datasets, go_on))
   left, right = streams(
-    prepared_datasets, two | go_on, two | go_on | {'process_index': 1}
+    prepared_datasets, left_rows | go_on, right_rows | go_on
   )
   assert resumed == alone[6:]
   assert left == first[6:]
@@ -190,7 +197,7 @@ def test_clips_of_a_video_differ_from_epoch_to_epoch(make_loader):
 def test_hosts_get_their_rows_of_the_same_global_batches(make_loader, hosts):
   expected = take(make_loader(), 6)
   parts = [
-    take(make_loader(process_index=index, process_count=hosts), 6)
+    take(make_loader(rows=rows_of(4, index, hosts)), 6)
     for index in range(hosts)
   ]
   for number, batch in enumerate(expected):
@@ -238,12 +245,12 @@ def test_an_iterator_can_be_set_back(make_loader):
 
 def test_a_run_goes_on_with_another_number_of_hosts(make_loader):
   expected = take(make_loader(), 5)
-  before = [make_loader(process_index=i, process_count=4) for i in range(4)]
+  before = [make_loader(rows=rows_of(4, i, 4)) for i in range(4)]
   for iterator in before:
     take(iterator, 3)
   states = [iterator.get_state() for iterator in before]
   assert all(state == states[0] for state in states)
-  after = [make_loader(process_index=i, process_count=2) for i in range(2)]
+  after = [make_loader(rows=rows_of(4, i, 2)) for i in range(2)]
   for iterator in after:
     iterator.set_state(states[0])
   for batch in expected[3:]:
@@ -309,9 +316,7 @@ def test_a_broken_video_is_replaced_by_the_next_and_logged_once(
 def test_replacement_does_not_depend_on_hosts_or_threads(make_loader):
   expected = take(make_loader('flawed'), 8)
   parts = [
-    take(
-      make_loader('flawed', process_index=i, process_count=2, num_threads=5), 8
-    )
+    take(make_loader('flawed', rows=rows_of(4, i, 2), num_threads=5), 8)
     for i in range(2)
   ]
   for number, batch in enumerate(expected):
@@ -544,8 +549,7 @@ def test_repeats_and_operations_do_not_depend_on_hosts_or_threads(
       make_loader(
         'flawed',
         **options,
-        process_index=index,
-        process_count=hosts,
+        rows=rows_of(8, index, hosts),
         num_threads=5,
         prefetch=3,
       ),
@@ -576,11 +580,14 @@ def test_a_run_goes_on_inside_of_the_clips_of_a_video(make_loader, position):
 
 
 def test_repeats_that_do_not_fit_a_host_are_refused(make_loader):
-  make_loader(batch_size=8, repeats=4, process_count=2)
+  make_loader(batch_size=8, repeats=4, rows=rows_of(8, 0, 2))
+  make_loader(batch_size=8, repeats=2, rows=[2, 3, 6, 7])
   with pytest.raises(errors.UserError, match='repeats is 3, .* has 4 clips'):
     make_loader(repeats=3)
   with pytest.raises(errors.UserError, match='repeats is 4, .* has 2 clips'):
-    make_loader(repeats=4, process_count=2)
+    make_loader(repeats=4, rows=rows_of(4, 0, 2))
+  with pytest.raises(errors.UserError, match='do not lie in runs of that'):
+    make_loader(batch_size=8, repeats=2, rows=[0, 2, 4, 6])
   with pytest.raises(errors.UserError, match='repeats is 0'):
     make_loader(repeats=0)
 
@@ -614,9 +621,7 @@ def test_operations_come_with_clips_and_change_neither_frames_nor_crops(
 
 
 def test_arguments_out_of_range_are_refused(make_loader, prepared_datasets):
-  with pytest.raises(errors.UserError, match='multiple of the 3 hosts, got 4'):
-    make_loader(process_count=3)
-  with pytest.raises(errors.UserError, match='multiple of the 1 hosts, got 0'):
+  with pytest.raises(errors.UserError, match='must be 1 or more, got 0'):
     make_loader(batch_size=0)
   with pytest.raises(errors.UserError, match='num_threads and prefetch'):
     make_loader(num_threads=0)
@@ -649,8 +654,7 @@ def test_every_video_is_tested_once_over_all_hosts(prepared_datasets, hosts):
       dataset,
       PREPROCESSING,
       batch_size=6,
-      process_index=index,
-      process_count=hosts,
+      rows=rows_of(6, index, hosts),
       num_threads=3,
     )
     for index in range(hosts)
@@ -698,8 +702,7 @@ def test_hosts_test_their_rows_of_the_same_global_batches(prepared_datasets):
         dataset,
         PREPROCESSING,
         batch_size=6,
-        process_index=index,
-        process_count=2,
+        rows=rows_of(6, index, 2),
       )
     )
     for index in range(2)

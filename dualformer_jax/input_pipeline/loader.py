@@ -41,8 +41,7 @@ def train_loader(
   *,
   batch_size: int,
   seed: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   num_threads: int = 16,
   prefetch: int = 2,
   short_side: int = 256,
@@ -68,14 +67,13 @@ def train_loader(
     preprocessing: of clips; see views.train_clip.
     batch_size: number of clips in a global batch.
     seed: decides on order, frames, crops and operations; 0 to 2**32 - 1.
-    process_index: which host this is; it gets rows
-      process_index * batch_size / process_count and on.
-    process_count: number of hosts.
+    rows: of every global batch that this host reads, in order, as
+      sharding.host_rows has them; all of them unless given.
     num_threads: that read and decode, one video each.
     prefetch: number of batches to read ahead; more if there are more threads.
     short_side: what the frames' short side is resized to before the crop.
     random_crop: False takes the centre instead.
-    repeats: clips of each video; the rows of a host are a multiple of it.
+    repeats: clips of each video; rows of a host come in runs of that many.
     rand_augment_ops: operations of RandAugment for each clip, of which the
       geometric ones are done here; 0 for none.
     rand_augment_magnitude: of these operations, 0..10.
@@ -98,7 +96,7 @@ def train_loader(
     UserError: an argument is out of range, or (from the iterator) no video can
       be read.
   """
-  rows = _Rows.of_host(batch_size, process_index, process_count)
+  own = _Rows.of_host(batch_size, rows)
   if min(num_threads, prefetch) < 1:
     raise errors.UserError(
       'num_threads and prefetch must be 1 or more, got'
@@ -106,18 +104,18 @@ def train_loader(
     )
   if not 0 <= seed < 2**32:
     raise errors.UserError(f'seed must be in 0..2**32-1, got {seed}')
-  if repeats < 1 or rows.count % repeats:
+  if repeats < 1 or not own.has_runs_of(repeats):
     raise errors.UserError(
-      f'repeats is {repeats}, but each host has {rows.count} clips of a batch;'
-      ' choose a batch_size that makes these a multiple of repeats, which is'
-      ' 1 or more'
+      f'repeats is {repeats}, but this host has {own.count} clips of a batch'
+      ' which do not lie in runs of that many; choose a batch_size that is a'
+      ' multiple of repeats for each device, and repeats of 1 or more'
     )
   # Threads of OpenCV's own would only contend with those here.
   cv2.setNumThreads(0)
   stream = _TrainStream(
     dataset,
     preprocessing,
-    rows,
+    own,
     seed,
     short_side,
     random_crop,
@@ -135,8 +133,7 @@ def test_loader(
   preprocessing: views.Preprocessing,
   *,
   batch_size: int,
-  process_index: int = 0,
-  process_count: int = 1,
+  rows: Sequence[int] | None = None,
   num_threads: int = 16,
   short_side: int | None = None,
 ) -> TestBatches:
@@ -146,8 +143,7 @@ def test_loader(
     dataset: the videos.
     preprocessing: of views; see views.test_views.
     batch_size: number of videos in a global batch.
-    process_index: which host this is; see train_loader.
-    process_count: number of hosts.
+    rows: of every global batch that this host reads; see train_loader.
     num_threads: that read and decode, one video each; as many videos are read
       ahead.
     short_side: what the frames' short side is resized to before the crops;
@@ -164,11 +160,11 @@ def test_loader(
   Raises:
     UserError: an argument is out of range.
   """
-  rows = _Rows.of_host(batch_size, process_index, process_count)
+  own = _Rows.of_host(batch_size, rows)
   if num_threads < 1:
     raise errors.UserError(f'num_threads must be 1 or more, got {num_threads}')
   cv2.setNumThreads(0)
-  return TestBatches(dataset, preprocessing, rows, num_threads, short_side)
+  return TestBatches(dataset, preprocessing, own, num_threads, short_side)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,30 +173,34 @@ class _Rows:
 
   Attributes:
     batch_size: of the global batch.
-    first: the first row.
-    count: how many.
+    indices: which rows, in order.
   """
 
   batch_size: int
-  first: int
-  count: int
+  indices: tuple[int, ...]
 
   @classmethod
-  def of_host(
-    cls, batch_size: int, process_index: int, process_count: int
-  ) -> _Rows:
-    if batch_size < 1 or batch_size % process_count:
-      raise errors.UserError(
-        f'batch_size must be a multiple of the {process_count} hosts, got'
-        f' {batch_size}'
-      )
-    count = batch_size // process_count
-    return cls(batch_size, process_index * count, count)
+  def of_host(cls, batch_size: int, indices: Sequence[int] | None) -> _Rows:
+    if batch_size < 1:
+      raise errors.UserError(f'batch_size must be 1 or more, got {batch_size}')
+    everything = range(batch_size)
+    return cls(batch_size, tuple(everything if indices is None else indices))
+
+  @property
+  def count(self) -> int:
+    return len(self.indices)
+
+  def has_runs_of(self, length: int) -> bool:
+    """Whether they are runs of so many rows that follow one another."""
+    return self.count % length == 0 and all(
+      self.indices[i] == self.indices[i - i % length] + i % length
+      for i in range(self.count)
+    )
 
   def position(self, index: int) -> int:
     """The place in the global stream of this host's row of that number."""
     batch, row = divmod(index, self.count)
-    return batch * self.batch_size + self.first + row
+    return batch * self.batch_size + self.indices[row]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,15 +12,19 @@ import hashlib
 import json
 import os
 import pathlib
+import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.views import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import sharding
 from dualformer_jax.training.step import TrainState
 
 _FORMAT = 1
@@ -30,6 +34,8 @@ NEWEST = 'checkpoints'
 BEST = 'best'
 
 _CHECKSUMS = 'SHA256SUMS'
+# A network's file system may show late what another host has written.
+_SECONDS_UNTIL_SHARED = 30
 # Averaged parameters; where they are, a model is used with them.
 _EMA = 'ema_params'
 
@@ -146,8 +152,8 @@ class Checkpoints:
         _EMA: abstract_state.ema_params,
       },
     )
-    step = jax.device_put(
-      jnp.asarray(description.step, abstract_state.step.dtype),
+    step = sharding.put_tree(
+      np.asarray(description.step, abstract_state.step.dtype),
       abstract_state.step.sharding,
     )
     return TrainState(step=step, **loaded), description
@@ -163,6 +169,36 @@ class Checkpoints:
     """Waits until all is on disk, and ends the series."""
     self.wait()
     self._checkpointer.close()
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Makes sure that a workdir is one folder for all hosts, and makes it.
+
+  Raises:
+    UserError: this host does not see what the first one writes there.
+  """
+  if jax.process_count() == 1:
+    return
+  number = int(
+    multihost_utils.broadcast_one_to_all(np.uint32(time.time_ns() % 2**32))
+  )
+  mark = workdir / f'.seen_by_all_hosts_{number}'
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+  multihost_utils.sync_global_devices('marked')
+  deadline = time.monotonic() + _SECONDS_UNTIL_SHARED
+  while not mark.exists():
+    if time.monotonic() > deadline:
+      raise UserError(
+        f'{workdir} is not the same folder on all hosts; expected one on a '
+        'file system that they share (NFS, Filestore, a mounted bucket): give '
+        'that as --workdir'
+      )
+    time.sleep(1)
+  multihost_utils.sync_global_devices('seen')
+  if jax.process_index() == 0:
+    mark.unlink()
 
 
 def save_model(
@@ -344,7 +380,8 @@ def _tuples(value: Any) -> Any:
 def _load(folder: pathlib.Path, abstract: dict[str, Any]) -> dict[str, Any]:
   wanted = _with_arrays(abstract)
   try:
-    _verify(folder, wanted)
+    if jax.process_index() == 0:  # for all hosts, as it reads everything
+      _verify(folder, wanted)
     _compare(ocp.checkpointables_metadata(str(folder)).metadata, wanted)
     loaded = ocp.load_checkpointables(str(folder), wanted)
   except Exception as error:  # of many kinds, one for each way to be broken

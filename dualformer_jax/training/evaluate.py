@@ -50,28 +50,39 @@ def score_videos(
   """Returns the scores of all videos, the same on every host.
 
   Args:
-    batches: this host's part, as test_loader makes it.
+    batches: this host's rows, as test_loader makes them.
     num_batches: how many there are, for the time left.
     eval_step: (variables, views) -> logits of each view, on all devices.
     variables: parameters and BatchNorm statistics.
     mesh: the devices.
-    should_stop: asked after each batch, on a single host.
+    should_stop: asked after each batch; the same on every host.
 
   Returns:
     The scores; None if `should_stop` said so first.
   """
-  logits, labels, masks, names, failed = [], [], [], [], []
+  logits, labels, masks = [], [], []
+  # [place in the dataset, name, why it failed or None] of this host's videos.
+  names: list[list[Any]] = []
   start = last_line = time.monotonic()
   for done, batch in enumerate(batches, 1):
-    views = sharding.put_batch({'views': batch['views']}, mesh)['views']
-    scores = np.asarray(eval_step(variables, views))
-    mask = _gather(batch['mask'])
+    arrays = sharding.put_batch(
+      {name: batch[name] for name in ('views', 'labels', 'mask')}, mesh
+    )
+    scores = np.asarray(eval_step(variables, arrays['views']))
+    mask = _gather(arrays['mask'])
     masks.append(mask)
     logits.append(scores[mask])
-    labels.append(_gather(batch['labels'])[mask])
-    rows = zip(batch['video_ids'], batch['mask'], strict=True)
-    names += [[done, name] for name, is_scored in rows if is_scored]
-    failed += [list(failure) for failure in batch['failed']]
+    labels.append(_gather(arrays['labels'])[mask])
+    reasons = iter(batch['failed'])
+    for row, name, is_scored in zip(
+      sharding.host_rows(mesh, len(mask)),
+      batch['video_ids'],
+      batch['mask'],
+      strict=True,
+    ):
+      if name:
+        reason = None if is_scored else next(reasons)[1]
+        names.append([(done - 1) * len(mask) + row, name, reason])
     now = time.monotonic()
     if now - last_line > _SECONDS_BETWEEN_LINES or done == num_batches:
       last_line = now
@@ -85,20 +96,20 @@ def score_videos(
       )
     if should_stop():
       return None
+  # Of all hosts, of which several may hold the same rows.
+  videos = {place: rest for place, *rest in _gather_lists(names)}
+  ordered = [videos[place] for place in sorted(videos)]
   return Scores(
     np.concatenate(logits),
     np.concatenate(labels),
-    # Of all hosts: batch by batch, and in each host by host.
-    [name for _, name in sorted(_gather_lists(names), key=lambda row: row[0])],
+    [name for name, reason in ordered if reason is None],
     np.flatnonzero(np.concatenate(masks)),
-    _gather_lists(failed),
+    [[name, reason] for name, reason in ordered if reason is not None],
   )
 
 
-def _gather(rows: np.ndarray) -> np.ndarray:
-  """Returns the rows of all hosts, in their order."""
-  if jax.process_count() == 1:
-    return np.asarray(rows)
+def _gather(rows: jax.Array) -> np.ndarray:
+  """Returns all rows of an array that is spread over hosts."""
   return np.asarray(multihost_utils.process_allgather(rows, tiled=True))
 
 

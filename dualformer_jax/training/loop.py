@@ -70,6 +70,7 @@ def train_and_test(
   # ------------------------------------------------------ what to start from
   # In this order: the newest checkpoint in the workdir; what init_from names;
   # the initial distributions.
+  checkpoint.check_shared(workdir)
   newest = checkpoint.newest_of(workdir / checkpoint.NEWEST)
   source = None
   if newest is not None:
@@ -83,13 +84,7 @@ def train_and_test(
   train_data = open_split(config, dataset.train_split)
   validation_data = open_split(config, dataset.validation_split)
   preprocessing = make_preprocessing(config)
-  input_options = dict(
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-    num_threads=dataset.num_threads,
-  )
   teacher = make_teacher(config, train_data)
-  clips = make_train_loader(config, train_data, teacher)
   clips_per_epoch = dataset.repeats * len(train_data)
   steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
   total_steps = config.num_epochs * steps_per_epoch
@@ -100,6 +95,7 @@ def train_and_test(
     config.mesh, config.batch_size, config.accumulation_steps
   )
   jax.set_mesh(mesh)
+  clips = make_train_loader(config, train_data, mesh, teacher)
   model = make_model(config, train_data)
   optimizer, schedule = make_optimizer(config, model, steps_per_epoch)
   init = functools.partial(
@@ -172,8 +168,8 @@ def train_and_test(
       config.batch_size,
       # The short side is to the crop as 256 is to 224.
       short_side=int(config.model.image_size * 256 / 224 + 0.5),
-      should_stop=lambda: stop.requested(step),
-      **input_options,
+      num_threads=dataset.num_threads,
+      should_stop=stop.requested,
     )
     if scores is None:
       return
@@ -222,7 +218,7 @@ def train_and_test(
   last_step = step
   waited = 0.0  # for data, since the last line; in seconds
   videos = unchecked = None  # of the last step, and what it gave
-  while step < total_steps and not is_stale() and not stop.requested(step):
+  while step < total_steps and not is_stale() and not stop.requested():
     waited -= time.monotonic()
     batch = next(clips)
     waited += time.monotonic()
@@ -298,7 +294,7 @@ def train_and_test(
       step,
       total_steps,
     )
-  elif step < total_steps or stop.requested(step):
+  elif step < total_steps or stop.requested():
     _LOG.info(
       'stopped by SIGTERM; saved step %d: the same command goes on from it',
       step,
@@ -363,7 +359,7 @@ def test(
   eval_step = make_eval_step(
     description.build_model(dtype=config.model.dtype), p, mesh
   )
-  variables = jax.device_put(
+  variables = sharding.put_tree(
     variables, sharding.tree_shardings(variables, mesh)
   )
   return _test(
@@ -397,8 +393,6 @@ def _test(
     preprocessing,
     mesh,
     config.batch_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
     num_threads=config.dataset.num_threads,
   )
   assert scores is not None
@@ -464,9 +458,9 @@ def evaluate_split(
   mesh: jax.sharding.Mesh,
   clips_per_batch: int,
   *,
+  num_threads: int,
   short_side: int | None = None,
   should_stop: Callable[[], bool] = lambda: False,
-  **input_options: Any,
 ) -> evaluate.Scores | None:
   """Returns the scores of a split; None if `should_stop` said so first.
 
@@ -476,12 +470,14 @@ def evaluate_split(
   # As many videos as make a training batch of views, split evenly.
   shards = mesh.shape['data'] * mesh.shape['fsdp']
   views = preprocessing.num_clips * preprocessing.num_crops
+  batch_size = shards * max(1, clips_per_batch // (views * shards))
   batches = loader.test_loader(
     data,
     preprocessing,
-    batch_size=shards * max(1, clips_per_batch // (views * shards)),
+    batch_size=batch_size,
+    rows=sharding.host_rows(mesh, batch_size),
+    num_threads=num_threads,
     short_side=short_side,
-    **input_options,
   )
   scores = evaluate.score_videos(
     batches, len(batches), eval_step, variables, mesh, should_stop=should_stop
@@ -636,6 +632,7 @@ def make_teacher(
 def make_train_loader(
   config: Config,
   data: records.PreparedDataset,
+  mesh: jax.sharding.Mesh,
   teacher: token_labels.Teacher | None = None,
 ) -> loader.TrainIterator:
   """Returns this host's batches of training clips."""
@@ -654,8 +651,7 @@ def make_train_loader(
     preprocessing,
     batch_size=config.batch_size,
     seed=config.seed,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    rows=sharding.host_rows(mesh, config.batch_size),
     num_threads=dataset.num_threads,
     prefetch=dataset.prefetch,
     short_side=dataset.train_short_side,
@@ -874,7 +870,8 @@ class _StopSignal:
 
   def __init__(self):
     self._came = False
-    # With several hosts JAX has SIGTERM, and all agree on a step to stop at.
+    self._times_asked = 0
+    # With several hosts JAX has SIGTERM, and all agree on when to stop.
     if jax.process_count() == 1:
       signal.signal(signal.SIGTERM, self._on_signal)
 
@@ -882,18 +879,20 @@ class _StopSignal:
     del signum, frame
     self._came = True
 
-  def requested(self, step: int) -> bool:
-    """Whether to stop after this step; all hosts get the same answer."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
+  def requested(self) -> bool:
+    """Whether to stop now: all hosts, asking equally often, hear the same."""
+    if jax.process_count() > 1 and not self._came:
+      self._times_asked += 1
+      self._came = multihost_utils.reached_preemption_sync_point(
+        self._times_asked
+      )
     return self._came
 
   def close(self) -> None:
     """Lets SIGTERM end the process at once, as nothing is left to save."""
-    if jax.process_count() == 1:
-      signal.signal(signal.SIGTERM, signal.SIG_DFL)
-      if self._came:
-        raise SystemExit(_EXIT_STOPPED)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if self._came:
+      raise SystemExit(_EXIT_STOPPED)
 
 
 def _gflops(model: DualFormer) -> float:

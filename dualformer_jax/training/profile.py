@@ -41,11 +41,11 @@ def profile(
   dataset = config.dataset
   data = loop.open_split(config, dataset.train_split)
   teacher = loop.make_teacher(config, data)
-  clips = loop.make_train_loader(config, data, teacher)
   mesh = sharding.make_mesh(
     config.mesh, config.batch_size, config.accumulation_steps
   )
   jax.set_mesh(mesh)
+  clips = loop.make_train_loader(config, data, mesh, teacher)
   model = loop.make_model(config, data)
   optimizer, _ = loop.make_optimizer(config, model, steps_per_epoch=1000)
   init = functools.partial(

@@ -110,8 +110,39 @@ def tree_shardings(tree: Any, mesh: Mesh) -> Any:
   return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> list[int]:
+  """Returns the rows of a global batch that this host's devices hold, in order.
+
+  Where `tensor` reaches over hosts, several hosts hold the same rows.
+  """
+  where = NamedSharding(mesh, BATCH)
+  held = where.addressable_devices_indices_map((batch_size,))
+  parts = {index[0].indices(batch_size) for index in held.values() if index}
+  return [row for part in sorted(parts) for row in range(*part)]
+
+
+def put_tree(tree: Any, shardings: Any) -> Any:
+  """Returns arrays of which each host has all, on devices of all hosts.
+
+  Args:
+    tree: arrays, the same on each host; those that lie there already may be
+      spread.
+    shardings: where each of them is to lie.
+  """
+
+  def put(leaf, where):
+    if getattr(leaf, 'sharding', None) == where:
+      return leaf
+    values = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      values.shape, where, lambda index: values[index]
+    )
+
+  return jax.tree.map(put, tree, shardings)
+
+
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:
-  """Returns a global batch on the mesh, of which each host gives its rows."""
+  """Returns a global batch on the mesh, of which each host gives host_rows."""
   sharding = NamedSharding(mesh, BATCH)
   return {
     name: jax.make_array_from_process_local_data(sharding, rows)
