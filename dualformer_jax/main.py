@@ -35,6 +35,16 @@ _COMPARE = flags.DEFINE_string(
   'With --mode=test: the workdir of another test, or its report.json; the '
   'report then says on which videos the two differ, and whether significantly.',
 )
+# Several processes: on TPU pods, under SLURM and Open MPI all three are found.
+_ADDRESS = flags.DEFINE_string(
+  'coordinator_address', None, 'Of several processes, HOST:PORT of the first.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  'num_processes', None, 'How many processes make the run.', lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  'process_id', None, 'Which of them this one is, from 0.', lower_bound=0
+)
 
 
 def main() -> None:
@@ -46,6 +56,7 @@ def main() -> None:
     cache = os.path.expanduser('~/.cache/dualformer_jax')
     jax.config.update('jax_compilation_cache_dir', cache)
 
+  from dualformer_jax import processes
   from dualformer_jax.training import loop, profile
 
   workdir = _WORKDIR.value
@@ -56,12 +67,15 @@ def main() -> None:
       f'{_MODE.value}; add --mode=test, or leave --compare out'
     )
 
-  if _MODE.value == 'train':
-    loop.train_and_test(_CONFIG.value, workdir)
-  elif _MODE.value == 'test':
-    loop.test(_CONFIG.value, workdir, _COMPARE.value)
-  else:
-    profile.profile(_CONFIG.value, workdir)
+  with processes.joined(
+    _ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  ):
+    if _MODE.value == 'train':
+      loop.train_and_test(_CONFIG.value, workdir)
+    elif _MODE.value == 'test':
+      loop.test(_CONFIG.value, workdir, _COMPARE.value)
+    else:
+      profile.profile(_CONFIG.value, workdir)
 
 
 def cli() -> None:
