@@ -1,11 +1,11 @@
 """Tells of the end of a process that could not tell of it itself.
 
-A process of its own, run as `python last_word.py`, through which another passes
-all that it writes to stderr. JAX ends a process that has lost another from
-within C++, with pages of text, and a killed one says nothing at all: in place
-of these, this one writes what happened and what to do.
+`main` is a process of its own, which processes.py starts, and through which
+another passes all that it writes to stderr. JAX ends a process that has lost
+another from within C++, with pages of text, and a killed one says nothing at
+all: in place of these, this one writes what happened and what to do.
 
-Imports little, to be there at once.
+It imports little, to be there at once.
 """
 
 import re
@@ -28,7 +28,7 @@ _ABOUT_OTHERS = (
   b'add_port.cc',
   b'client.h',
   b'coordination_service',
-  b'preemption_sync_manager',
+  b'preemption_',
 )
 _PYTHON = (b'error: ', b'Traceback ')
 _SILENT = re.compile(rb'stopped sending heartbeats\):\s*(\d[\d, \n]*)')
@@ -89,7 +89,3 @@ def explain(held: bytes, index: str, count: str, host: str) -> str:
     ' has crashed or is cut off, and its own log may tell why. '
     f'Therefore {me} ends, too. {AGAIN}\n'
   )
-
-
-if __name__ == '__main__':
-  main()

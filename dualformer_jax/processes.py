@@ -245,8 +245,9 @@ class _LastWords:
   def __init__(self):
     sys.stderr.flush()
     self._stderr = os.dup(2)
+    run = f'import runpy; runpy.run_path({last_word.__file__!r})["main"]()'
     self._process = subprocess.Popen(
-      [sys.executable, '-I', '-S', last_word.__file__],
+      [sys.executable, '-I', '-S', '-c', run],
       stdin=subprocess.PIPE,
       stdout=subprocess.DEVNULL,
       start_new_session=True,  # Ctrl-C is not for it

@@ -89,12 +89,15 @@ set -uo pipefail
 export SRUN_CPUS_PER_TASK=$cpus_per_task
 srun --kill-on-bad-exit=1 --gpu-bind=none $command
 status=\$?
-# 143: it was told to stop, and has saved; 75: a process was lost.
-if [[ \$status == 143 || \$status == 75 ]] &&
-  ((\${SLURM_RESTART_COUNT:-0} < $max_restarts)); then
-  echo "== status \$status: queued again, to go on"
-  scontrol requeue "\$SLURM_JOB_ID"
-fi
+case \$status in
+  # It was told to stop, and has saved; or a process was lost.
+  143 | 75 | 134 | 137)
+    if ((\${SLURM_RESTART_COUNT:-0} < $max_restarts)); then
+      echo "== status \$status: queued again, to go on"
+      scontrol requeue "\$SLURM_JOB_ID"
+    fi
+    ;;
+esac
 exit \$status
 END
 }

@@ -28,7 +28,8 @@ Options:
   --spot             cheaper, and may be preempted
   --setup=COMMAND    run on each worker after installing: mount a bucket, say
   --max-restarts=N   of `run`; 100 unless given
-  --poll=SECONDS     between looks at the queue; 60 unless given
+  --poll=SECONDS     until it looks again at the queue, or at what has not
+                     answered; 60 unless given
   --keep             `run` leaves the pod slice there at the end
   --dry-run          prints every command, runs none
 
@@ -125,10 +126,6 @@ asked() {
 
 is_there() {
   [[ -z $is_dry || $is_made ]] || return
-  if [[ $is_queued ]]; then
-    [[ $(asked ACTIVE tpus queued-resources describe "$name" \
-      --format='value(state.state)') == ACTIVE ]] || return
-  fi
   [[ $(asked READY tpus tpu-vm describe "$name" --format='value(state)') == READY ]]
 }
 
@@ -143,11 +140,14 @@ create() {
   tpus queued-resources create "$name" --node-id="$name" \
     --accelerator-type="$type" --runtime-version="$version" ${is_spot:+--spot}
   local state
-  until is_there; do
-    state=$(asked '' tpus queued-resources describe "$name" \
+  while :; do
+    state=$(asked ACTIVE tpus queued-resources describe "$name" \
       --format='value(state.state)')
-    [[ $state != FAILED ]] || fail "$name cannot be created; see: gcloud compute" \
-      "tpus queued-resources describe $name --zone=$zone"
+    case $state in
+      ACTIVE) return ;;
+      FAILED) fail "$name cannot be created; why: gcloud compute tpus" \
+        "queued-resources describe $name --zone=$zone" ;;
+    esac
     echo "   $name: ${state:-unknown}" >&2
     sleep "$poll"
   done
@@ -207,9 +207,13 @@ train_until_done() {
   install
   for ((restarts = 0; ; restarts++)); do
     train
-    # It ends with the training, or with the worker.
-    logs || true
-    status=$(asked 0 on 0 'cat dualformer_jax/train.status')
+    # Ends with the training, with the worker, or with the connection.
+    status=running
+    while [[ $status == running ]]; do
+      logs || sleep "$poll"
+      status=$(asked 0 on 0 "cd dualformer_jax && cat train.status ||
+kill -0 \$(cat train.pid) && echo running")
+    done
     [[ $status != 0 ]] || return 0
     ((restarts < max_restarts)) ||
       fail "still not done after $restarts restarts; $name is still there"
@@ -218,7 +222,7 @@ train_until_done() {
       delete || true # it may be gone altogether
       create
       install
-    elif [[ $status == @(75|143) ]]; then
+    elif [[ $status == @(|75|134|137|143) ]]; then
       echo '== A process was lost; the others have ended, too' >&2
     else
       on all 'cd dualformer_jax && tail -n 5 train.log' || true
