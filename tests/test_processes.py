@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,21 +28,6 @@ FLAGS = (
 )
 # Within so many seconds of the end of one, all others must have ended.
 SECONDS = 60
-# Stands in for TensorBoard files, which are slow to import, with all digits.
-WRITER = """
-import json, os, pathlib
-
-class SummaryWriter:
-  def __init__(self, folder):
-    self._path = pathlib.Path(folder) / 'scalars.jsonl'
-
-  def write_scalars(self, step, scalars):
-    with self._path.open('a') as file:
-      file.write(json.dumps([os.getpid(), step, scalars]) + '\\n')
-
-  def close(self):
-    pass
-"""
 
 
 class Launcher:
@@ -51,13 +35,7 @@ class Launcher:
 
   def __init__(self, root: pathlib.Path, cache: pathlib.Path, data: str):
     self._root, self._data = root, data
-    clu = root / 'modules' / 'clu'
-    clu.mkdir(parents=True)
-    (clu / '__init__.py').touch()
-    (clu / 'metric_writers.py').write_text(WRITER)
-    environment = dict(training_command.environment(cache))
-    environment['PYTHONPATH'] = f'{clu.parent}:{environment["PYTHONPATH"]}'
-    self._environment = environment
+    self._environment = training_command.environment(cache, with_scalars=True)
     self._runs = 0
 
   def workdir(self, name: str) -> pathlib.Path:
@@ -149,20 +127,8 @@ def _alone(launcher) -> pathlib.Path:
   return launcher.workdir('alone')
 
 
-def scalars(workdir: pathlib.Path) -> tuple[list[int], dict[Any, float]]:
-  """The processes that have written, one after another, and their values."""
-  rows = map(json.loads, (workdir / 'scalars.jsonl').read_text().splitlines())
-  writers, values = [], {}
-  for process, step, named in rows:
-    if process not in writers:
-      writers.append(process)
-    for name, value in named.items():
-      values[name, step] = value
-  return writers, values
-
-
 def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
-  found, expected = scalars(workdir)[1], scalars(alone)[1]
+  found, expected = (training_command.scalars(w)[1] for w in (workdir, alone))
   # The first step of a process is not among the lines.
   losses = [step for name, step in found if name == 'train/loss']
   assert len(losses) >= NUM_STEPS - 5
@@ -223,7 +189,7 @@ def test_two_processes_of_which_one_is_killed_go_on_as_if_never_disturbed(
   assert re.search(r'resumed .*/two/checkpoints/\d+', run.log(0))
   # The first process alone logs what they do, and writes.
   assert run.log(1) == ''
-  assert len(scalars(launcher.workdir('two'))[0]) == 3
+  assert len(training_command.scalars(launcher.workdir('two'))[0]) == 3
   assert_same_run(launcher.workdir('two'), alone)
 
 

@@ -1,7 +1,9 @@
 """Where arrays lie changes what devices hold, never what a step computes."""
 
 import json
+import pathlib
 import re
+import subprocess
 
 import jax
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 from dualformer_jax.errors import UserError
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import checkpoint, sharding
-from tests import eight_devices, reference_arrays
+from tests import eight_devices, reference_arrays, training_command
 
 P = jax.P
 
@@ -166,3 +168,54 @@ def test_a_batch_that_cannot_be_split_is_told(batch_size, passes):
   with pytest.raises(UserError, match=f'use a multiple of {passes * devices}'):
     sharding.make_mesh(axes, batch_size, passes)
   sharding.make_mesh(axes, 2 * passes * devices, passes)
+
+
+# --- Runs
+
+
+@pytest.fixture(scope='module', name='trainings')
+def _trainings(motion_dataset, compilation_cache, tmp_path_factory):
+  """Workdirs of 60 steps on 1, 2, 4 and 8 virtual devices."""
+  root = tmp_path_factory.mktemp('trainings')
+
+  def train(axes: tuple[int, int, int]) -> pathlib.Path:
+    workdir = root / 'x'.join(map(str, axes))
+    environment = training_command.environment(
+      compilation_cache, with_scalars=True
+    )
+    done = subprocess.run(
+      training_command.command(
+        *training_command.TINY,
+        *('--config.num_epochs=10', '--config.validation.every_epochs=5'),
+        '--config.log_every_steps=1',
+        f'--config.dataset.data_dir={motion_dataset}',
+        *(
+          f'--config.mesh.{name}={size}'
+          for name, size in zip(sharding.AXES, axes, strict=True)
+        ),
+        workdir=workdir,
+      ),
+      env={
+        **environment,
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={np.prod(axes)}',
+      },
+      capture_output=True,
+      text=True,
+      timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+  return [train(axes) for axes in ((1, 1, 1), (2, 1, 1), (2, 2, 1), (2, 2, 2))]
+
+
+def test_sixty_steps_of_motion_are_the_same_on_any_number_of_devices(trainings):
+  alone, *others = (training_command.scalars(w)[1] for w in trainings)
+  losses = [key for key in alone if key[0] == 'train/loss']
+  assert [step for _, step in losses] == list(range(2, 61))
+  for other in others:
+    np.testing.assert_allclose(
+      [other[key] for key in losses], [alone[key] for key in losses], atol=1e-4
+    )
+  reports = [json.loads((w / 'report.json').read_text()) for w in trainings]
+  assert len({report['top1'] for report in reports}) == 1

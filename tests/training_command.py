@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+import json
 import os
 import pathlib
 import subprocess
 import sys
+from typing import Any
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -21,6 +23,23 @@ TINY = (
   '--config.model.coarse_sizes=((4, 2, 2),)',
   '--config.batch_size=8',
 )
+# Stands in for CLU's writer of TensorBoard files, which needs TensorFlow and
+# keeps half of the digits.
+_WRITER = """
+import json, os, pathlib
+
+class SummaryWriter:
+  def __init__(self, folder):
+    self._path = pathlib.Path(folder) / 'scalars.jsonl'
+
+  def write_scalars(self, step, scalars):
+    self._path.parent.mkdir(parents=True, exist_ok=True)
+    with self._path.open('a') as file:
+      file.write(json.dumps([os.getpid(), step, scalars]) + '\\n')
+
+  def close(self):
+    pass
+"""
 
 
 def command(
@@ -38,7 +57,10 @@ def command(
 
 
 def environment(
-  cache: pathlib.Path, *, with_tensorflow: bool = False
+  cache: pathlib.Path,
+  *,
+  with_tensorflow: bool = False,
+  with_scalars: bool = False,
 ) -> Mapping[str, str]:
   """Of a training process.
 
@@ -46,6 +68,8 @@ def environment(
     cache: where what is compiled is kept.
     with_tensorflow: whether TensorFlow can be imported. It is only needed for
       TensorBoard's files, and takes seconds.
+    with_scalars: whether the process writes what `scalars` reads, instead of
+      TensorBoard's files.
   """
   path = str(REPOSITORY)
   if not with_tensorflow:
@@ -55,6 +79,12 @@ def environment(
       "raise ModuleNotFoundError('TensorFlow is hidden')\n"
     )
     path = f'{hidden}{os.pathsep}{path}'
+  if with_scalars:
+    clu = cache / 'with_scalars' / 'clu'
+    clu.mkdir(parents=True, exist_ok=True)
+    (clu / '__init__.py').touch()
+    (clu / 'metric_writers.py').write_text(_WRITER)
+    path = f'{clu.parent}{os.pathsep}{path}'
   return os.environ | {
     'JAX_COMPILATION_CACHE_DIR': str(cache),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
@@ -80,3 +110,20 @@ def run(
     timeout=600,
     check=False,
   )
+
+
+def scalars(workdir: pathlib.Path) -> tuple[list[int], dict[Any, float]]:
+  """What a run `with_scalars` has written.
+
+  Returns:
+    The ids of the processes that have written, in order; and the last value of
+    each (name, step).
+  """
+  writers: dict[int, None] = {}
+  values = {}
+  for line in (workdir / 'scalars.jsonl').read_text().splitlines():
+    process, step, named = json.loads(line)
+    writers[process] = None
+    for name, value in named.items():
+      values[name, step] = value
+  return list(writers), values
