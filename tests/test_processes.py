@@ -10,13 +10,16 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any
 
+import jax
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 import pytest
 
 from dualformer_jax import last_word, processes
 from dualformer_jax.errors import UserError
-from tests import test_resume, training_command
+from tests import training_command
 
 NUM_STEPS = 18
 FLAGS = (
@@ -127,6 +130,23 @@ def _alone(launcher) -> pathlib.Path:
   return launcher.workdir('alone')
 
 
+def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  """All arrays of a checkpoint, by path, and what it says of itself."""
+  here = jax.sharding.SingleDeviceSharding(jax.devices('cpu')[0])
+  metadata: Any = ocp.checkpointables_metadata(str(folder)).metadata
+  tree = ocp.load_checkpointables(
+    str(folder),
+    jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+      {name: metadata[name] for name in ('params', 'batch_stats', 'opt_state')},
+    ),
+  )
+  leaves = jax.tree.leaves_with_path(tree)
+  arrays = {jax.tree_util.keystr(p): np.asarray(leaf) for p, leaf in leaves}
+  text = (folder / '_CHECKPOINT_METADATA').read_text()
+  return arrays, json.loads(text)['custom_metadata']['dualformer']
+
+
 def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
   found, expected = (training_command.scalars(w)[1] for w in (workdir, alone))
   # The first step of a process is not among the lines.
@@ -143,8 +163,8 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
       assert found[name, step] == expected[name, step]
   folder = pathlib.Path('checkpoints') / str(NUM_STEPS)
   assert [p.name for p in (workdir / 'checkpoints').iterdir()] == [folder.name]
-  arrays, description = test_resume.read(workdir / folder)
-  others, other_description = test_resume.read(alone / folder)
+  arrays, description = read(workdir / folder)
+  others, other_description = read(alone / folder)
   assert arrays.keys() == others.keys()
   for name, array in arrays.items():
     np.testing.assert_allclose(
@@ -327,7 +347,8 @@ def test_jax_is_asked_where_there_are_tpus(monkeypatch):
 )
 def test_what_is_missing_is_told(arguments, expected):
   with pytest.raises(UserError, match=re.escape(expected)):
-    processes.find_others(*arguments, {'JAX_PLATFORMS': 'cpu'})
+    address, count, index = arguments
+    processes.find_others(address, count, index, {'JAX_PLATFORMS': 'cpu'})
 
 
 # --- The last word
