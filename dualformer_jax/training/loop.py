@@ -196,6 +196,21 @@ def train_and_test(
 
   # ------------------------------------------------- checks before the steps
   step = int(state.step)
+  for name, data in (
+    ('validation', validation_data),
+    ('test', open_split(config, dataset.test_split)),
+  ):
+    if name == 'test' and dataset.test_split == dataset.validation_split:
+      continue
+    if copies := records.near_copies(train_data, data):
+      _LOG.warning(
+        '%d videos of %s are in training as well, or near copies: %s%s; what '
+        'is measured on them tells too much',
+        len(copies),
+        name,
+        ', '.join(f'{b} of {a}' for a, b in copies[:3]),
+        ', ...' if len(copies) > 3 else '',
+      )
   if config.overfit_steps and newest is None:
     start = clips.get_state()
     batch = next(clips)
