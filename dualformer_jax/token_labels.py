@@ -8,6 +8,7 @@ video is scored all along, its whole frames squeezed to a square; the highest
 scores of each token are kept. An interrupted run goes on where it was.
 """
 
+import collections
 from collections.abc import Callable, Iterator
 import dataclasses
 import hashlib
@@ -157,12 +158,11 @@ def store(
   def score(variables, batch):
     normalized = augment.normalize(batch, p.pixel_mean, p.pixel_std)
     output: Any = model.apply(variables, normalized, score_tokens=True)
-    logits = output.token_logits
-    if meta['top'] < num_classes:
-      return jax.lax.top_k(logits, meta['top'])
-    return logits, jax.numpy.broadcast_to(
-      jax.numpy.arange(num_classes), logits.shape
+    values, classes = jax.lax.top_k(output.token_logits, meta['top'])
+    shares = jax.nn.logsumexp(values, -1) - jax.nn.logsumexp(
+      output.token_logits, -1
     )
+    return values, classes, jax.numpy.exp(shares)
 
   def score_batch(batch: np.ndarray) -> list[np.ndarray]:
     placed = sharding.put_batch({'clips': batch}, mesh)['clips']
@@ -176,16 +176,19 @@ def store(
   first = done * stored_labels.VIDEOS_PER_FILE
   if done:
     _LOG.info('%d of %d videos were scored before', first, len(data))
-  failed = _write_rest(
+  failed, share = _write_rest(
     folder, done, _Videos(data, p, first), score_batch, clips, config
   )
   stored_labels.write_meta(folder, {**meta, 'complete': True})
   _LOG.info(
-    'token labels of %d videos in %s, %d could not be read; train with '
+    'token labels of %d videos in %s, %d could not be read; the %d scores that '
+    'are kept of each token are %.1f%% of its probability; train with '
     '--config.token_labels.stored=%s',
     len(data),
     folder,
     failed,
+    meta['top'],
+    100 * share,
     folder,
   )
   return folder
@@ -198,74 +201,97 @@ def _write_rest(
   score_batch: Callable[[np.ndarray], list[np.ndarray]],
   batch_size: int,
   config: Any,
-) -> int:
-  """Writes the files from number `done` on; returns how many videos failed."""
-  if not len(videos):
-    return 0
+) -> tuple[int, float]:
+  """Writes the files from number `done` on.
+
+  Returns:
+    How many videos failed, and the mean share of the probability that is kept.
+  """
   threads = config.dataset.num_threads
   source: Any = grain.MapDataset.source(videos)
   iterator = iter(
     source.to_iter_dataset(
       grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     )
+    if len(videos)
+    else ()
   )
   failed = count = 0
+  shares: list[float] = []
+  labels: list[stored_labels.VideoLabels] = []
   start = last_line = time.monotonic()
-  for number in itertools.count(done):
-    group = list(itertools.islice(iterator, stored_labels.VIDEOS_PER_FILE))
-    if not group:
-      break
-    labels = []
-    for video in group:
-      if video.failure:
-        failed += 1
-        _LOG.warning('not scored: %s', video.failure)
-      labels.append(_labels_of(video, score_batch, batch_size))
-      count += 1
-      now = time.monotonic()
-      if now - last_line > _SECONDS_BETWEEN_LINES or count == len(videos):
-        last_line = now
-        rate = count / max(now - start, 1e-9)
-        left = (len(videos) - count) / rate
-        _LOG.info(
-          'scored %d of %d videos, %.1f videos/s, %s left',
-          count,
-          len(videos),
-          rate,
-          time.strftime('%H:%M:%S', time.gmtime(left)),
-        )
-    stored_labels.write_file(folder, number, labels)
-  return failed
+  for video, parts in _scored(iterator, score_batch, batch_size):
+    if video.failure:
+      failed += 1
+      _LOG.warning('not scored: %s', video.failure)
+    else:
+      shares.append(float(np.mean([part[2] for part in parts])))
+    labels.append(_labels_of(video, parts))
+    count += 1
+    if len(labels) == stored_labels.VIDEOS_PER_FILE or count == len(videos):
+      stored_labels.write_file(folder, done, labels)
+      labels, done = [], done + 1
+    now = time.monotonic()
+    if now - last_line > _SECONDS_BETWEEN_LINES or count == len(videos):
+      last_line = now
+      rate = count / max(now - start, 1e-9)
+      left = (len(videos) - count) / rate
+      _LOG.info(
+        'scored %d of %d videos, %.1f videos/s, %s left',
+        count,
+        len(videos),
+        rate,
+        time.strftime('%H:%M:%S', time.gmtime(left)),
+      )
+  return failed, float(np.mean(shares)) if shares else float('nan')
+
+
+def _scored(
+  videos: Iterator[_Video],
+  score_batch: Callable[[np.ndarray], list[np.ndarray]],
+  batch_size: int,
+) -> Iterator[tuple[_Video, list[list[np.ndarray]]]]:
+  """Yields each video with what was said of each of its clips.
+
+  Batches have one size, as each size is compiled, and hold clips of several
+  videos.
+  """
+  waiting: collections.deque[tuple[_Video, list[list[np.ndarray]]]]
+  waiting, clips = collections.deque(), collections.deque[np.ndarray]()
+
+  def score() -> None:
+    batch = [clips.popleft() for _ in range(min(batch_size, len(clips)))]
+    missing = [np.zeros_like(batch[0])] * (batch_size - len(batch))
+    scores = score_batch(np.stack(batch + missing))
+    rows = ([part[i] for part in scores] for i in range(len(batch)))
+    for video, parts in waiting:
+      while len(parts) < len(video.clips) and (row := next(rows, None)):
+        parts.append(row)
+
+  for video in itertools.chain(videos, [None]):
+    if video is not None:
+      waiting.append((video, []))
+      clips.extend(video.clips)
+    while len(clips) >= (batch_size if video is not None else 1):
+      score()
+    while waiting and len(waiting[0][1]) == len(waiting[0][0].clips):
+      yield waiting.popleft()
 
 
 def _labels_of(
-  video: _Video,
-  score_batch: Callable[[np.ndarray], list[np.ndarray]],
-  batch_size: int,
+  video: _Video, parts: list[list[np.ndarray]]
 ) -> stored_labels.VideoLabels:
-  """Scores a video, batch by batch of one size, as each size is compiled."""
-
-  def batches() -> Iterator[list[np.ndarray]]:
-    for start in range(0, len(video.clips), batch_size):
-      batch = video.clips[start : start + batch_size]
-      missing = batch_size - len(batch)
-      padded = np.pad(batch, [(0, missing)] + [(0, 0)] * 4)
-      yield [part[: len(batch)] for part in score_batch(padded)]
-
-  scored = list(batches())
-  if not scored:
+  """Returns what is stored of a video."""
+  if not parts:
     empty = np.zeros((0, 1, 1, 1))
     return stored_labels.VideoLabels(
       np.zeros(0, np.int32), empty.astype('f4'), empty.astype('u2')
     )
-  values, classes = (
-    np.concatenate(parts) for parts in zip(*scored, strict=True)
-  )
   return stored_labels.VideoLabels(
     # The first of the two frames that a token stands for.
     video.times[:, ::2].ravel(),
-    values.reshape(-1, *values.shape[2:]).astype(np.float32),
-    classes.reshape(-1, *classes.shape[2:]).astype(np.uint16),
+    np.concatenate([values for values, _, _ in parts]).astype(np.float32),
+    np.concatenate([classes for _, classes, _ in parts]).astype(np.uint16),
   )
 
 

@@ -228,6 +228,7 @@ def _all_scores(
   )
   assert done.returncode == 0, done.stderr
   assert 'scored 48 of 48 videos' in done.stderr
+  assert 'are 100.0% of its probability' in done.stderr
   return out
 
 
@@ -252,8 +253,9 @@ def losses_of(
   batch = next(batches)
   batches.close()
   key = jax.random.key(9)
+  # Not mirrored: a teacher may see another thing in a mirror.
   clips = augment.augment(
-    key, jnp.asarray(batch['clips']), p.pixel_mean, p.pixel_std, flip=True
+    key, jnp.asarray(batch['clips']), p.pixel_mean, p.pixel_std, flip=False
   )
   asked = jax.jit(
     functools.partial(
@@ -272,7 +274,7 @@ def losses_of(
     grid=(8, 8),
     num_classes=8,
     top=top,
-    flip=True,
+    flip=False,
   )
   student = np.random.default_rng(2).normal(size=asked.shape)
   return [
@@ -284,10 +286,49 @@ def losses_of(
 def test_stored_labels_are_those_of_the_teacher_on_the_same_crops(
   teacher, motion_dataset, all_scores
 ):
-  # Whole frames, flips included; all of the scores, and the best five of them.
+  # Whole frames; all of the scores, and the best five of them.
   for top in (8, 5):
     asked, stored = losses_of(teacher, motion_dataset, all_scores, top)
     assert abs(asked - stored) <= 1e-4
+
+
+def test_stored_labels_are_cut_and_mirrored_as_the_clips_are():
+  # Scores that rise along columns, and from top to bottom for another class.
+  grid = np.arange(4.0)
+  values = np.zeros((8, 1, 4, 4, 2), np.float32)
+  values[..., 0], values[..., 1] = grid, grid[:, None]
+  key = jax.random.key(3)
+  frames = np.zeros((8, 2, 8, 8, 3), np.uint8)
+  frames[..., :] = np.arange(8, dtype=np.uint8)[
+    :, None
+  ]  # brighter to the right
+  clips = augment.augment(
+    key, jnp.asarray(frames), (0.0,) * 3, (1.0,) * 3, flip=True
+  )
+  mirrored = np.asarray(clips[:, 0, 0, 0, 0]) > 0
+  assert 0 < mirrored.sum() < 8
+  targets = token_labels.stored_labels(
+    key,
+    None,
+    clips,
+    token_values=jnp.asarray(values),
+    token_classes=jnp.broadcast_to(jnp.array([2, 0]), values.shape),
+    # The left half; in it, one column of the stored tokens is two of the clip.
+    token_boxes=jnp.tile(jnp.array([0.0, 0.0, 1.0, 0.5]), (8, 1)),
+    grid=(4, 4),
+    num_classes=3,
+    top=3,
+    flip=True,
+  )
+  logs = np.log(np.asarray(targets[:, 0]))
+  # Softmax leaves differences: of class 2 and of class 0 to class 1, at 0.
+  across, down = logs[..., 2] - logs[..., 1], logs[..., 0] - logs[..., 1]
+  for row, is_mirrored in enumerate(mirrored):
+    expected = np.array([0.0, 0.25, 0.75, 1.25])  # clamped at the edge
+    expected = expected[::-1] if is_mirrored else expected
+    for line in range(4):
+      np.testing.assert_allclose(across[row, line], expected, atol=1e-5)
+      np.testing.assert_allclose(down[row, :, line], grid, atol=1e-5)
 
 
 def test_five_stored_scores_are_what_the_loss_keeps(

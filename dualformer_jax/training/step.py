@@ -186,7 +186,10 @@ def train_step(
   params = optax.apply_updates(state.params, updates)
   ema_params = state.ema_params
   if ema_params is not None:
-    ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+    # Written so that what does not change stays the same to the last bit.
+    ema_params = jax.tree.map(
+      lambda old, new: old + (1 - ema_decay) * (new - old), ema_params, params
+    )
   new_state = TrainState(
     step=state.step + 1,
     params=params,
