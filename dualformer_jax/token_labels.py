@@ -216,18 +216,18 @@ def _write_rest(
     if len(videos)
     else ()
   )
-  failed = count = 0
+  failed = 0
   shares: list[float] = []
   labels: list[stored_labels.VideoLabels] = []
   start = last_line = time.monotonic()
-  for video, parts in _scored(iterator, score_batch, batch_size):
+  scored = _scored(iterator, score_batch, batch_size)
+  for count, (video, parts) in enumerate(scored, 1):
     if video.failure:
       failed += 1
       _LOG.warning('not scored: %s', video.failure)
     else:
       shares.append(float(np.mean([part[2] for part in parts])))
     labels.append(_labels_of(video, parts))
-    count += 1
     if len(labels) == stored_labels.VIDEOS_PER_FILE or count == len(videos):
       stored_labels.write_file(folder, done, labels)
       labels, done = [], done + 1
