@@ -20,7 +20,7 @@ RECIPE = (
   ('backbone/.*', 0.1, 1.0),
   ('.*', 1.0, 1.0),
 )
-SETTINGS = dict(b1=0.8, b2=0.95, eps=1e-6)
+SETTINGS: dict[str, Any] = dict(b1=0.8, b2=0.95, eps=1e-6)
 # Parameter -> shape, and what RECIPE gives it.
 SHAPES = {
   'backbone': {'pos_block_0': {'kernel': (3, 2)}, 'norm': {'scale': (4,)}},
@@ -279,7 +279,7 @@ def test_gradients_longer_than_allowed_are_scaled_down_together():
   )
   gradients = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array([4.0])}  # norm 5
   for tx, scale in ((large, 1.0), (clipped, 0.2)):
-    updates, _ = tx.update(gradients, tx.init(params), params)
+    updates: Any = tx.update(gradients, tx.init(params), params)[0]
     np.testing.assert_allclose(
       updates['a'][0], -3 * scale / (3 * scale + 1), rtol=1e-5
     )
@@ -287,7 +287,7 @@ def test_gradients_longer_than_allowed_are_scaled_down_together():
       updates['b'][0], -4 * scale / (4 * scale + 1), rtol=1e-5
     )
   small = {'a': jnp.array([0.3, 0.0]), 'b': jnp.array([0.4])}  # norm 0.5
-  updates, _ = clipped.update(small, clipped.init(params), params)
+  updates = clipped.update(small, clipped.init(params), params)[0]
   np.testing.assert_allclose(updates['a'][0], -0.3 / 1.3, rtol=1e-5)
 
 

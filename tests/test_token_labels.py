@@ -40,7 +40,7 @@ FIELDS: dict[str, Any] = dict(
   coarse_sizes=((4, 2, 2),),
   dtype='float32',
 )
-HEAD = {'token_label': True}
+HEAD: dict[str, Any] = {'token_label': True}
 # Little to compile.
 ONE_BLOCK: dict[str, Any] = {**FIELDS, 'depths': (1,), 'coarse_sizes': (None,)}
 # The flags of a student like that.
@@ -299,9 +299,8 @@ def test_stored_labels_are_cut_and_mirrored_as_the_clips_are():
   values[..., 0], values[..., 1] = grid, grid[:, None]
   key = jax.random.key(3)
   frames = np.zeros((8, 2, 8, 8, 3), np.uint8)
-  frames[..., :] = np.arange(8, dtype=np.uint8)[
-    :, None
-  ]  # brighter to the right
+  columns = np.arange(8, dtype=np.uint8)[:, None]
+  frames[..., :] = columns  # brighter to the right
   clips = augment.augment(
     key, jnp.asarray(frames), (0.0,) * 3, (1.0,) * 3, flip=True
   )

@@ -348,7 +348,7 @@ def _order(
     )
   labels = dataset.labels()
   orders = [
-    grain.MapDataset.source(members).shuffle(seed).repeat()
+    grain.MapDataset.source(members.tolist()).shuffle(seed).repeat()
     for label in range(len(dataset.class_names))
     if len(members := np.flatnonzero(labels == label))
   ]
