@@ -197,7 +197,7 @@ def test_passes_add_up_to_the_whole_batch():
     *map(jax.tree.leaves, (state.params, actual.params, expected.params)),
     strict=True,
   ):
-    np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
     changed = max(changed, float(jnp.abs(e - before).max()))
   assert changed > 1e-3
 

@@ -66,7 +66,9 @@ def test_views_from_verbatim_datasets_are_those_of_the_reference(
     assert list(dataset.folder.glob(f'*.{file_format}-*'))
     examples = [dataset[index] for index in range(len(dataset))]
     found[file_format] = {
-      dataset.class_names[int(e.label)]: e.video for e in examples
+      dataset.class_names[e.label]: e.video
+      for e in examples
+      if isinstance(e.label, int)
     }
     assert sorted(found[file_format]) == names
   # The same bytes from both, so one of them is enough.
