@@ -197,7 +197,8 @@ def _trainings(motion_dataset, compilation_cache, tmp_path_factory):
       ),
       env={
         **environment,
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={np.prod(axes)}',
+        'XLA_FLAGS': f'--xla_force_host_platform_device_count={np.prod(axes)} '
+        + training_command.UNOPTIMIZED,
       },
       capture_output=True,
       text=True,
