@@ -133,6 +133,28 @@ def test_a_batch_is_spread_over_data_and_fsdp():
     assert array.sharding.spec == P(('data', 'fsdp'))
 
 
+def test_a_host_reads_the_rows_that_its_devices_hold(monkeypatch):
+  assert sharding.host_rows(_mesh(), 8) == list(range(8))
+  # Of a host with three devices, two of which share rows along `tensor`.
+  held = {'a': (slice(4, 6),), 'b': (slice(0, 2),), 'c': (slice(4, 6),)}
+  monkeypatch.setattr(
+    jax.NamedSharding, 'addressable_devices_indices_map', lambda *_: held
+  )
+  assert sharding.host_rows(_mesh(), 8) == [0, 1, 4, 5]
+
+
+def test_values_that_all_hosts_have_are_spread(monkeypatch):
+  mesh = _mesh()
+  where = jax.NamedSharding(mesh, P('fsdp'))
+  values = np.arange(6.0)
+  (put,) = sharding.put_tree([values], [where])
+  np.testing.assert_array_equal(put, values)
+  assert put.sharding == where
+  # What lies there is not read, as a host may have only a part of it.
+  monkeypatch.setattr(np, 'asarray', None)
+  assert sharding.put_tree(put, where) is put
+
+
 # --- Meshes
 
 

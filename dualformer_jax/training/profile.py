@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
 from dualformer_jax.errors import UserError
@@ -127,9 +128,10 @@ def profile(
     result['cores'],
   )
   _LOG.info('%s', result['verdict'])
-  path = pathlib.Path(workdir).expanduser() / 'profile.json'
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(result, indent=2) + '\n')
+  if jax.process_index() == 0:
+    path = pathlib.Path(workdir).expanduser() / 'profile.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + '\n')
   return result
 
 
@@ -196,12 +198,18 @@ def stored_as(data: records.PreparedDataset) -> str:
 
 def _time(function: Callable[[], object], seconds: float = _SECONDS) -> float:
   """Mean duration of a call, over some seconds of calls."""
-  start = time.perf_counter()
-  calls = 0
-  while calls < _MIN_BATCHES or time.perf_counter() - start < seconds:
-    function()
-    calls += 1
-  return (time.perf_counter() - start) / calls
+
+  def run(calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+      function()
+    return time.perf_counter() - start
+
+  spent = run(_MIN_BATCHES)
+  more = max(0, int((seconds / max(spent, 1e-9) - 1) * _MIN_BATCHES))
+  if jax.process_count() > 1:  # all step together, and so equally often
+    more = int(multihost_utils.broadcast_one_to_all(np.int32(more)))
+  return (spent + run(more)) / (_MIN_BATCHES + more)
 
 
 def _take_apart(
