@@ -38,7 +38,7 @@ _HEARTBEAT_SECONDS = 30
 # So often each looks whether another has told of an error.
 _POLL_SECONDS = 0.5
 # And answers, in less than this.
-_ANSWER_SECONDS = 4.0
+_ANSWER_SECONDS = 6.0
 
 _END = 'dualformer/end'
 _HERE = 'dualformer/here'
@@ -335,30 +335,30 @@ class _Run:
       else:
         print(f'error: {text}', file=sys.stderr)
       self._last_words.close()
+      if self.index == 0:
+        time.sleep(_ANSWER_SECONDS)  # With it goes what the others ask.
       os._exit(status)
 
   def _reason(self, own: BaseException | None) -> tuple[str, int]:
     """Returns what has ended the run, and the exit status."""
     ((_, text),) = self._store.key_value_dir_get(_END)
     cause = json.loads(text)
-    self._store.key_value_set(f'{_HERE}/{self.index}', '')
-    # Long enough for all to answer; and for all to hear, as with process 0 goes
-    # what they hear from.
-    time.sleep(_ANSWER_SECONDS)
     hosts = dict(self._store.key_value_dir_get(_HOSTS))
     names = [
       f'process {i} of {self.count} on {hosts.get(f"{_HOSTS}/{i}", "?")}'
       for i in range(self.count)
     ]
-    here = {key for key, _ in self._store.key_value_dir_get(_HERE)}
-    lost = [name for i, name in enumerate(names) if f'{_HERE}/{i}' not in here]
     if cause['message'] is not None:
       return f'{names[cause["process"]]}: {cause["message"]}', cause['status']
+    self._store.key_value_set(f'{_HERE}/{self.index}', '')
+    time.sleep(_ANSWER_SECONDS)
+    here = {key for key, _ in self._store.key_value_dir_get(_HERE)}
+    lost = [name for i, name in enumerate(names) if f'{_HERE}/{i}' not in here]
     if lost:
       return (
         f'{" and ".join(lost)} does not answer any more: it was killed, has '
         'crashed or is cut off, and its own log may tell why. Therefore '
-        f'process {self.index} ends, too. {last_word.AGAIN}'
+        f'{names[self.index]} ends, too. {last_word.AGAIN}'
       ), LOST
     if own is not None:
       traceback.print_exception(own)
