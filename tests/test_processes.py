@@ -101,7 +101,7 @@ class Run:
       time.sleep(0.02)
     self._processes[index].send_signal(sent)
 
-  def wait(self, seconds: float = 400) -> list[int]:
+  def wait(self, seconds: float = 600) -> list[int]:
     """Exit statuses, within so many seconds; kills what runs on."""
     deadline = time.monotonic() + seconds
     try:
@@ -214,7 +214,9 @@ def test_two_processes_of_which_one_is_killed_go_on_as_if_never_disturbed(
 
 
 def test_four_processes_stop_at_one_step_and_one_goes_on(launcher, alone):
-  run = launcher.start(4, 'four', '--config.mesh.fsdp=2')
+  # The two along `tensor` read the same rows.
+  mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
+  run = launcher.start(4, 'four', *mesh)
   run.signal_after_step(5, 2, signal.SIGTERM)
   assert run.wait() == 4 * [128 + signal.SIGTERM], run.log(0)
   stopped = re.search(r'stopped by SIGTERM; saved step (\d+)', run.log(0))
