@@ -128,9 +128,13 @@ def pth_to_folder(
   shapes = checkpoint.variable_shapes(model, 'config.model')
   became: list[str] = []
   if inflate:
-    start: Any = jax.jit(model.init)(
-      jax.random.key(config.seed), np.zeros(model.input_shape(), np.float32)
+    start: Any = jax.tree.map(
+      lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes
     )
+    # The head alone: all else is taken from the images.
+    start['params']['cls_head'] = jax.jit(
+      lambda key, clips: model.init(key, clips)['params']['cls_head']
+    )(jax.random.key(config.seed), np.zeros(model.input_shape(), np.float32))
     result = transfer.transfer(
       state_dict, pytorch.to_pytorch(start), keep_head=False, name=str(src)
     )

@@ -156,13 +156,30 @@ def test_recipe_has_the_published_values(row):
       ('backbone/.*', 0.1, 1.0),
       ('.*', 1.0, 1.0),
     ),
+    # What the published recipes do without, here and below.
+    'layer_decay': 1.0,
+    'max_grad_norm': 0.0,
+    'frozen': '',
   }
+  assert config['label_smoothing'] == config['ema_decay'] == 0
+  assert not config['dataset']['class_balanced']
+  assert not any(
+    config['augment'][name]
+    for name in (
+      'color_jitter',
+      'rand_augment_ops',
+      'random_erasing',
+      'mixup',
+      'cutmix',
+    )
+  )
 
   kinetics = family in ('k400', 'k600')
   assert config['validation'] == {
     'every_epochs': 5 if kinetics else 2,
     'num_clips': 1 if kinetics else 4,
     'num_crops': 1,
+    'patience': 0,
   }
   test_clips, test_crops = map(int, views.split('x'))
   assert config['test'] == {'num_clips': test_clips, 'num_crops': test_crops}

@@ -239,7 +239,7 @@ def test_a_malformed_file_is_one_line_and_nothing_is_written(
     (['--src={folder}'], 'ends in .pth'),
     (
       ['--src={folder}', '--dst={folder}.pth', f'--config={CONFIG}'],
-      '--config and --class_names have no effect',
+      '--config, --class_names and --inflate have no effect',
     ),
     (['--src={folder}', '--dst={folder}.pth'], 'holds no checkpoint'),
   ],
