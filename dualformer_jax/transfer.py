@@ -112,8 +112,9 @@ def transfer(
     elif found is None and _PYRAMID.fullmatch(key):
       if _KERNEL.fullmatch(key):
         array = np.full_like(start, 1 / math.prod(start.shape[2:]))
-      elif '.norm.' not in key and key.endswith('.bias'):
-        array = np.zeros_like(start)
+      else:  # a norm that changes nothing yet, or a bias
+        is_one = key.endswith(('.weight', '.running_var'))
+        array = np.full_like(start, is_one)
       if image and '.lr.3.' in key:
         kind = result.inflated
     elif found is None:

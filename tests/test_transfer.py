@@ -102,6 +102,16 @@ def test_a_level_that_the_source_lacks_pools_to_a_mean():
   assert result.anew == gone
   kernel = result.state_dict['backbone.blocks.1.1.attn.lr.0.weight']
   np.testing.assert_allclose(kernel, 1 / 49, rtol=1e-6)
+  for name, value in (
+    ('0.bias', 0),
+    ('1.weight', 1),
+    ('1.bias', 0),
+    ('1.running_mean', 0),
+    ('1.running_var', 1),
+    ('1.num_batches_tracked', 0),
+  ):
+    array = result.state_dict[f'backbone.blocks.1.1.attn.lr.{name}']
+    np.testing.assert_array_equal(array, value, name)
   back = transfer.transfer(initial, source, keep_head=True, name='x.pth')
   assert back.left_out == gone
 
