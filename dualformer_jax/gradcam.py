@@ -16,21 +16,16 @@ from absl import flags
 import av
 import av.filter
 import cv2
-from jaxtyping import Float, Int, Shaped, UInt8
+from jaxtyping import Int, UInt8
 import numpy as np
 
-from dualformer_jax import command_line
+from dualformer_jax import command_line, heat_maps
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import decoding
-from dualformer_jax.input_pipeline.views import Preprocessing, test_views
+from dualformer_jax.input_pipeline.views import test_views
 
 Token = tuple[int, int, int]
 
-_COLORMAPS = {
-  name.removeprefix('COLORMAP_').lower(): value
-  for name, value in sorted(vars(cv2).items())
-  if name.startswith('COLORMAP_')
-}
 _FORMATS = ('.gif', '.mp4', '.png')
 _STRIP = 8  # frames of a strip
 # Of the classes of tokens, these many have a colour and a line in the legend.
@@ -84,7 +79,10 @@ _RESOLUTION = flags.DEFINE_integer(
   upper_bound=1024,
 )
 _COLORMAP = flags.DEFINE_enum(
-  'colormap', 'turbo', [*_COLORMAPS], 'Colours, by their name in OpenCV.'
+  'colormap',
+  'turbo',
+  [*heat_maps.COLORMAPS],
+  'Colours, by their name in OpenCV.',
 )
 _OPACITY = flags.DEFINE_float(
   'opacity', 0.5, 'Of the colours.', lower_bound=0.0, upper_bound=1.0
@@ -139,12 +137,14 @@ def main(arguments: list[str]) -> None:
   sharp = dataclasses.replace(preprocessing, image_size=side)
   pictures = test_views(video, sharp)[view]
 
+  colormap, opacity = _COLORMAP.value or '', _OPACITY.value or 0.0
   legend = None
   if token is not None:
     attention = recognizer.attention(clip, layer, token)[0]
     low, high = attention.min(), attention.max()
     heat = (attention - low) / max(high - low, np.finfo(np.float32).tiny)
-    pictures = _blend(pictures, _colors(_draw_cells(heat, pictures)))
+    cells = heat_maps.draw_cells(heat, pictures)
+    pictures = heat_maps.draw_heat(pictures, cells, colormap, opacity)
     _outline(pictures, token, attention.shape)
     what = (
       f'attention of token {",".join(map(str, token))} at {layer}, '
@@ -154,7 +154,8 @@ def main(arguments: list[str]) -> None:
   elif _TOKENS.value:
     classes = recognizer.token_logits(clip)[0].argmax(axis=-1)
     colors, legend = _legend(classes, recognizer.class_names, side)
-    pictures = _blend(pictures, _draw_cells(colors, pictures))
+    cells = heat_maps.draw_cells(colors, pictures)
+    pictures = heat_maps.blend(pictures, cells, opacity)
     what = 'classes of tokens'
   else:
     probabilities = recognizer.probabilities(views)
@@ -162,13 +163,17 @@ def main(arguments: list[str]) -> None:
       print(f'{probability:8.4f}  {name}')
     label = int(probabilities.argmax()) if label is None else label
     heat = recognizer.gradcam(clip, layer, label)[0]
-    heat = np.stack([cv2.resize(frame, (side, side)) for frame in heat])
-    pictures = _blend(pictures, _colors(heat))
+    pictures = heat_maps.draw_heat(pictures, heat, colormap, opacity)
     what = f'Grad-CAM of {recognizer.class_names[label]!r} at {layer}'
     if not heat.any():
       what += ' (which is empty: nothing there speaks for the class)'
 
-  _write(out, pictures, legend, _FPS.value or _pace(video, preprocessing))
+  _write(
+    out,
+    pictures,
+    legend,
+    _FPS.value or heat_maps.clip_fps(video, preprocessing),
+  )
   print(f'{what}, view {view} of 0 to {len(views) - 1} -> {out}')
 
 
@@ -214,48 +219,14 @@ def _check_flags(arguments: list[str], out: pathlib.Path) -> Token | None:
   return frame, row, column
 
 
-def _draw_cells(
-  tokens: Shaped[np.ndarray, 'd y x *c'], pictures: UInt8[np.ndarray, 't h w 3']
-) -> Shaped[np.ndarray, 't h w *c']:
-  """Returns the value of the token at each pixel."""
-  places = [
-    np.arange(length) * cells // length
-    for length, cells in zip(pictures.shape, tokens.shape[:3], strict=False)
-  ]
-  return tokens[np.ix_(*places)]
-
-
-def _colors(
-  heat: Float[np.ndarray, 't h w'],
-) -> UInt8[np.ndarray, 't h w 3']:
-  """Returns the colours of values from 0 to 1."""
-  levels = np.rint(255 * heat).astype(np.uint8)
-  colormap = _COLORMAPS[_COLORMAP.value]
-  return np.stack(
-    [cv2.applyColorMap(frame, colormap)[..., ::-1] for frame in levels]
-  )
-
-
-def _blend(
-  pictures: UInt8[np.ndarray, 't h w 3'], colors: UInt8[np.ndarray, 't h w 3']
-) -> UInt8[np.ndarray, 't h w 3']:
-  opacity = np.float32(_OPACITY.value)
-  mixed = [
-    (1 - opacity) * picture + opacity * color
-    for picture, color in zip(pictures, colors, strict=True)
-  ]
-  return np.rint(mixed).astype(np.uint8)
-
-
 def _outline(
   pictures: UInt8[np.ndarray, 't h w 3'], token: Token, grid: Token
 ) -> None:
   """Draws a white frame around the place of a token."""
   tokens = np.zeros(grid, bool)
   tokens[token] = True
-  for picture, cells in zip(
-    pictures, _draw_cells(tokens, pictures), strict=True
-  ):
+  drawn = heat_maps.draw_cells(tokens, pictures)
+  for picture, cells in zip(pictures, drawn, strict=True):
     ys, xs = map(np.ndarray.tolist, np.nonzero(cells))
     if ys:
       white = (255, 255, 255)
@@ -285,15 +256,6 @@ def _legend(
     cv2.putText(line, text, (_LINE + 2, 12), font, 0.4, white)
     print(f'{count / classes.size:7.1%}  {names[label]}')
   return colors, legend
-
-
-def _pace(video: str, preprocessing: Preprocessing) -> float:
-  """Returns the frames per second at which a clip is as fast as the video."""
-  rate = decoding.frame_rate(video)
-  if preprocessing.sampling == 'dense':
-    return rate / preprocessing.frame_interval
-  seconds = decoding.duration(video)
-  return min(rate, preprocessing.num_frames / seconds) if seconds else rate
 
 
 def _write(

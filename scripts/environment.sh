@@ -30,7 +30,7 @@ make_environment() {
   fi
   echo 'Installing into .venv, which takes a few minutes ...'
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --constraint constraints.txt --editable '.[prepare,test]'
+    --constraint constraints.txt --editable '.[prepare,demo,test]'
   echo "$wanted" >"$stamp"
 }
 

@@ -23,11 +23,14 @@ ENTRY_POINTS = [
 # Installed by the extras only, or not at all.
 OPTIONAL = (
   'apache_beam',
+  'fastapi',
+  'gradio',
   'importlib_resources',
   'mlcroissant',
   'tensorboard',
   'tensorflow',
   'torch',
+  'uvicorn',
 )
 # What models and training steps must do without, beside these.
 DATA_LIBRARIES = (
@@ -100,7 +103,7 @@ def _imports(path):
 @pytest.mark.parametrize(
   ('folder', 'extras'),
   [
-    ('dualformer_jax', ()),
+    ('dualformer_jax', ('demo',)),
     ('configs', ()),
     ('data', ('prepare',)),
     ('tests', ('prepare', 'test')),
@@ -129,7 +132,7 @@ def test_every_requirement_has_one_tested_version_in_its_range():
       assert specifier.operator == '=='
       assert canonicalize_name(pin.name) not in pins
       pins[canonicalize_name(pin.name)] = specifier.version
-  for name, requirement in _requirements('prepare', 'test').items():
+  for name, requirement in _requirements('prepare', 'demo', 'test').items():
     assert requirement.specifier.contains(pins[name]), name
   assert 'torch' not in pins
 
