@@ -160,7 +160,7 @@ def main(arguments: list[str]) -> None:
   else:
     probabilities = recognizer.probabilities(views)
     for name, probability in recognizer.top(probabilities):
-      print(f'{probability:8.4f}  {name}')
+      print(f'{probability:10.6f}  {name}')
     label = int(probabilities.argmax()) if label is None else label
     heat = recognizer.gradcam(clip, layer, label)[0]
     pictures = heat_maps.draw_heat(pictures, heat, colormap, opacity)

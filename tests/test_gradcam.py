@@ -309,8 +309,8 @@ def test_a_gif_shows_the_map_over_the_middle_view(run, model, video, tmp_path):
   order = np.argsort(-probabilities)
   *lines, last = done.stdout.splitlines()
   for line, label in zip(lines, order, strict=True):
-    assert line[10:] == NAMES[label]
-    assert float(line[:10]) == pytest.approx(probabilities[label], abs=2e-4)
+    assert line[12:] == NAMES[label]
+    assert float(line[:12]) == pytest.approx(probabilities[label], abs=1e-5)
   name = NAMES[order[0]]
   assert last.startswith(f'Grad-CAM of {name!r} at blocks_0_0, view 1')
 
