@@ -49,6 +49,7 @@ td.n, th.n { text-align: right; white-space: nowrap;
 td.bar { background: linear-gradient(to right, var(--bar) var(--part),
   transparent var(--part)); }
 figure { margin: 0; }
+figcaption { width: 0; min-width: 100%; margin-top: .5rem; }
 .pictures { display: flex; flex-wrap: wrap; gap: 2rem; align-items: start; }
 .pictures figure { max-width: 100%; }
 .pictures img { display: block; background: #fff; border-radius: .5rem; }
@@ -59,6 +60,9 @@ figure { margin: 0; }
 .none { display: grid; place-items: center; height: 5.6rem; color: var(--soft);
   border: 1px dashed var(--line); border-radius: .25rem; }
 .wrong { color: var(--bad); }
+@media (max-width: 30rem) { th, td { padding: .25rem .3rem; }
+  th.n { white-space: normal; }
+  table { font-size: .8rem; } .about { grid-template-columns: 1fr; } }
 """
 _HEAD = """<!DOCTYPE html>
 <html lang="en">
@@ -222,7 +226,7 @@ def _view_budget(budget: list[dict[str, Any]]) -> str:
       if name == 'interval':
         cells.append('{} to {}'.format(*map(_percent, row[name])))
       elif name == 'gflops':
-        cells.append(f'{row[name]:,.1f}')
+        cells.append(_gflops(row[name]))
       else:
         cells.append(_percent(row[name]))
     rows.append(cells)
@@ -236,6 +240,11 @@ def _view_budget(budget: list[dict[str, Any]]) -> str:
       numbers=range(2 + len(columns)),
     ),
   )
+
+
+def _gflops(count: float) -> str:
+  # Small models take a fraction of one.
+  return f'{count:,.1f}' if count >= 1 else f'{count:.2g}'
 
 
 def _pictures(
