@@ -4,8 +4,12 @@
 
 It takes the validation videos twice: frozen to one frame, where a model that
 has learnt motion can but guess, and played backwards, where it must see the
-opposite motion. Prints a line for each, and fails where one does not hold.
+opposite motion. And where it looks, by Grad-CAM, must be at the shape that
+moves. Prints a line for each, and fails where one does not hold.
 """
+
+import pathlib
+import sys
 
 from absl import flags
 import numpy as np
@@ -13,6 +17,7 @@ import numpy as np
 import dualformer_jax
 from dualformer_jax import command_line
 from dualformer_jax.input_pipeline import decoding, records
+from dualformer_jax.recognizer import Recognizer
 
 WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Run of configs/motion.py.', required=True
@@ -23,6 +28,9 @@ DATA_DIR = flags.DEFINE_string(
 
 MAX_FROZEN = 0.30  # chance is 1 of 8 classes, 12.5%
 MIN_REVERSED = 0.90
+HEAT_VIDEOS = 100
+HEAT_LAYER = 'blocks.0.1'  # its tokens are smaller than the shapes
+MIN_HEAT_RATIO = 3.0
 OPPOSITES = {
   'left': 'right',
   'up': 'down',
@@ -64,6 +72,43 @@ def main() -> None:
       f'The model has not learnt motion: below {MAX_FROZEN:.0%} and at least '
       f'{MIN_REVERSED:.0%} are expected.'
     )
+
+  inside, outside = heat_by_place(recognizer, dataset)
+  print(
+    f'Where it looks ({HEAT_LAYER}): the heat at the moving shape is '
+    f'{inside / outside:.1f} times that elsewhere, over {HEAT_VIDEOS} videos.'
+  )
+  if inside < MIN_HEAT_RATIO * outside:
+    raise SystemExit(
+      f'It does not look at the shape: {MIN_HEAT_RATIO:g} times is expected.'
+    )
+
+
+def heat_by_place(
+  recognizer: Recognizer, dataset: records.PreparedDataset
+) -> tuple[float, float]:
+  """Returns the mean heat inside and outside of the moving shapes, 0 to 1.
+
+  Where a shape is, pixel by pixel, is what the renderer says.
+  """
+  # As `tfds build data/motion` finds it.
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / 'data'))
+  from motion import motion_dataset_builder as motion
+
+  inside, outside = [], []
+  for index in range(HEAT_VIDEOS):
+    example = dataset[index]
+    split, number = example.video_id.split('/')
+    scene, label = motion.scene_of(split, int(number))
+    assert label == example.label
+    is_shape = np.stack(
+      [motion.cover(scene, label, i) > 0.5 for i in range(motion.NUM_FRAMES)]
+    )
+    views = recognizer.views(decoding.decode_all(example.video))
+    heat = recognizer.gradcam(recognizer.normalize(views), HEAT_LAYER)[0]
+    inside.append(heat[is_shape].mean())
+    outside.append(heat[~is_shape].mean())
+  return float(np.mean(inside)), float(np.mean(outside))
 
 
 if __name__ == '__main__':

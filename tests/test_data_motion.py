@@ -174,6 +174,21 @@ def test_motion_tells_the_class_and_its_direction_is_the_one_named():
   assert (np.array(seen) == labels).mean() >= 0.97
 
 
+@pytest.mark.parametrize('label', range(8), ids=NAMES)
+def test_the_shape_is_where_it_is_said_to_cover_the_picture(label):
+  for scene in scenes(3):
+    plain = dataclasses.replace(scene, noise=np.zeros_like(scene.noise))
+    for index in (0, 7, 15):
+      frame = motion.picture(plain, label, index)
+      share = (frame - scene.background) / (scene.colour - scene.background)
+      # Where the two colours are alike, rounding is much of the difference.
+      contrast = np.abs(scene.colour - scene.background)
+      seen = np.average(share, axis=-1, weights=contrast)
+      np.testing.assert_allclose(
+        motion.cover(scene, label, index), seen, atol=0.05
+      )
+
+
 def test_the_command_builds_videos_of_every_class(motion_dataset):
   names = set()
   contents = set()
@@ -187,6 +202,11 @@ def test_the_command_builds_videos_of_every_class(motion_dataset):
     names |= {example.video_id for example in examples}
     contents |= {example.video for example in examples}
     for example in examples[:16]:
+      # The renderer makes its scene again.
+      scene, label = motion.scene_of(split, int(example.video_id.split('/')[1]))
+      assert label == example.label
+      film = motion.film(scene, label).astype(int)
+      assert np.abs(decoding.decode_all(example.video) - film).mean() < 10
       frames = decoding.decode_all(example.video)
       assert frames.shape == (16, 32, 32, 3)
       assert _seen_motion(frames) == example.label

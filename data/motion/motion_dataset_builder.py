@@ -139,6 +139,15 @@ def picture(
   scene: Scene, label: int, index: int
 ) -> UInt8[np.ndarray, '32 32 3']:
   """One frame of the film."""
+  shape = cover(scene, label, index)[..., None] * (
+    scene.colour - scene.background
+  )
+  frame = np.rint(scene.background + shape + scene.noise[index])
+  return frame.clip(0, 255).astype(np.uint8)
+
+
+def cover(scene: Scene, label: int, index: int) -> Float[np.ndarray, '32 32']:
+  """How much of each pixel of a frame the shape covers, 0 to 1."""
   time = index - (NUM_FRAMES - 1) / 2
   (x, y), angle, size = scene.centre, scene.angle, scene.size
   match CLASSES[label]:
@@ -162,10 +171,7 @@ def picture(
   # Grown to the largest it starts again as the smallest, as a shape that leaves
   # comes back on the other side: else large shapes would be those that grew.
   radius = smallest * (largest / smallest) ** (size % 1.0)
-  cover = _cover(scene.outline, (x, y), angle, radius)[..., None]
-  shape = cover * (scene.colour - scene.background)
-  frame = np.rint(scene.background + shape + scene.noise[index])
-  return frame.clip(0, 255).astype(np.uint8)
+  return _cover(scene.outline, (x, y), angle, radius)
 
 
 def _cover(
@@ -225,10 +231,15 @@ class Builder(preparation.ReportingBuilder):
       yield example['video_id'], example
 
 
-def _example(split: str, index: int) -> dict[str, Any]:
+def scene_of(split: str, index: int) -> tuple[Scene, int]:
+  """Returns the scene of a clip of a split, and the clip's class."""
   rng = np.random.default_rng((SEED, list(NUM_CLIPS).index(split), index))
-  label = index % len(CLASSES)
-  video = decoding.encode_mp4(render(label, rng), fps=FPS, crf=CRF)
+  return draw_scene(rng), index % len(CLASSES)
+
+
+def _example(split: str, index: int) -> dict[str, Any]:
+  scene, label = scene_of(split, index)
+  video = decoding.encode_mp4(film(scene, label), fps=FPS, crf=CRF)
   return {
     'video': video,
     'label': label,
