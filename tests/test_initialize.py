@@ -133,6 +133,19 @@ def test_an_average_is_what_a_checkpoint_gives_and_starts_anew(tmp_path):
   )
   series = checkpoint.Checkpoints(tmp_path / 'checkpoints')
   series.save(state, dataclasses.replace(description, step=1, data_position={}))
+  series.wait()
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  abstract = jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+    state,
+  )
+  restored, _ = series.restore(abstract)
+  jax.tree.map(
+    np.testing.assert_array_equal, restored.ema_params, state.ema_params
+  )
+  jax.tree.map(np.testing.assert_array_equal, restored.params, state.params)
+  with pytest.raises(errors.UserError, match='saved with averaged parameters'):
+    series.restore(dataclasses.replace(abstract, ema_params=None))
   series.close()
   variables, _ = checkpoint.load_model(tmp_path)
   jax.tree.map(

@@ -138,10 +138,10 @@ class Checkpoints:
     assert folder is not None
     description = read_description(folder)
     if (abstract_state.ema_params is None) == (folder / _EMA).is_dir():
+      saved = 'with' if (folder / _EMA).is_dir() else 'without'
       raise UserError(
-        f'{folder} was saved with'
-        f'{"" if (folder / _EMA).is_dir() else "out"} averaged parameters; '
-        'keep config.ema_decay as it was, or begin in a new workdir'
+        f'{folder} was saved {saved} averaged parameters; keep '
+        'config.ema_decay as it was, or begin in a new workdir'
       )
     loaded = _load(
       folder,
