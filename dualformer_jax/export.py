@@ -197,7 +197,7 @@ def write_weights(checkpoint: str, out: pathlib.Path) -> int:
     How many arrays there are; their names are the paths in the checkpoint.
   """
   import flax.traverse_util
-  from safetensors.numpy import save_file
+  from safetensors.numpy import save
 
   import dualformer_jax
 
@@ -209,7 +209,7 @@ def write_weights(checkpoint: str, out: pathlib.Path) -> int:
     ).items()
   }
   partial = out.with_name(f'{out.name}.partial')
-  save_file(arrays, partial)
+  partial.write_bytes(save(arrays))  # readable by all, unlike with save_file
   os.replace(partial, out)
   return len(arrays)
 
