@@ -138,7 +138,11 @@ class DepthwisePooling(nn.Module):
     bias = self.param('bias', init, (channels,))
     dtype = jnp.dtype(self.dtype)
     x = _blocks(x, self.kernel_size).astype(dtype)
-    kernel = rearrange(kernel, 'i j k c -> i 1 j 1 k c').astype(dtype)
+    # A copy for each clip, behind a barrier: so its gradient is summed over
+    # tokens first. Otherwise devices would add up gradients as large as x.
+    kernel = jnp.broadcast_to(kernel, (x.shape[0], *kernel.shape))
+    kernel = jax.lax.optimization_barrier(kernel.astype(dtype))
+    kernel = rearrange(kernel, 'b i j k c -> b 1 i 1 j 1 k c')
     # A sum of products in float32, which XLA fuses into one pass over x.
     x = jnp.sum(x * kernel, axis=(2, 4, 6), dtype=jnp.float32)
     return (x + bias).astype(dtype)
@@ -217,22 +221,29 @@ def _depthwise_conv_bwd(residuals, dy):
   padded = _pad(x)
 
   def add_frame(total, i):
-    """Adds what token frame i of dy gives to the kernel's gradient."""
+    """Adds what token frame i of dy gives to the kernel's gradient.
+
+    Clip by clip: the batch may be spread over devices, which then add up once,
+    not for every frame.
+    """
     frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
     dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
     products = [
       jnp.sum(
         frames[:, i, j : j + h, k : k + w] * dy_i,
-        axis=(0, 1, 2),
+        axis=(1, 2),
         dtype=jnp.float32,
       )
       for i, j, k in itertools.product(range(3), repeat=3)
     ]
-    return total + jnp.stack(products).reshape(total.shape), None
+    return total + jnp.stack(products, axis=1), None
 
   dkernel, _ = jax.lax.scan(
-    add_frame, jnp.zeros(kernel.shape, jnp.float32), jnp.arange(d)
+    add_frame,
+    jnp.zeros((x.shape[0], 27, x.shape[-1]), jnp.float32),
+    jnp.arange(d),
   )
+  dkernel = dkernel.sum(0).reshape(kernel.shape)
   dx = depthwise_conv(dy, kernel[::-1, ::-1, ::-1])
   return dx, dkernel.astype(kernel.dtype)
 
