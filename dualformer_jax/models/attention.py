@@ -23,8 +23,8 @@ from dualformer_jax.models.layers import (
   matmul_precision,
 )
 
-# Scores that one block may hold, in bytes of float32: what stays in the
-# second-level cache of a CPU core, and what keeps a GPU or TPU busy.
+# Scores of one block that a device may hold, in bytes of float32: what stays in
+# the second-level cache of a CPU core, and what keeps a GPU or TPU busy.
 _BLOCK_BYTES = {'cpu': 2**22, 'gpu': 2**28, 'tpu': 2**28}
 # Queries that global attention takes at a time.
 _QUERY_BLOCK = 448
@@ -65,7 +65,7 @@ def blocked_attention(
     return jnp.einsum('bnlm,bmne->blne', weights, v, precision=precision)
 
   score_bytes = 4 * batch * heads * length * k.shape[2]
-  budget = _BLOCK_BYTES.get(jax.default_backend(), 2**28)
+  budget = _block_bytes()
   block = max(
     size
     for size in range(1, groups + 1)
@@ -86,6 +86,18 @@ def blocked_attention(
       lambda operands: attend_block(*operands), jax.tree.map(split, operands)
     )
   return out.reshape(q.shape)
+
+
+def _block_bytes() -> int:
+  """Returns the bytes of a block's scores, which all devices of a mesh share.
+
+  The mesh is asked what its devices are, as they need not be this machine's:
+  programs are also compiled ahead of time.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  device = mesh.abstract_device
+  platform = device.platform if device else jax.default_backend()
+  return max(1, mesh.size) * _BLOCK_BYTES.get(platform, 2**28)
 
 
 class LocalWindowAttention(nn.Module):
