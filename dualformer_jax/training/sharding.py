@@ -6,11 +6,12 @@ largest divisible dimension, and spread along `tensor` by heads and by hidden
 channels (as in Megatron-LM, 1909.08053).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -31,7 +32,10 @@ _MIN_FSDP_SIZE = 1024
 
 
 def make_mesh(
-  axes: Mapping[str, int], batch_size: int, accumulation_steps: int = 1
+  axes: Mapping[str, int],
+  batch_size: int,
+  accumulation_steps: int = 1,
+  devices: Sequence[Any] | None = None,
 ) -> Mesh:
   """Returns a mesh of all devices.
 
@@ -39,6 +43,7 @@ def make_mesh(
     axes: devices along 'data', 'fsdp' and 'tensor'; -1 for what is left.
     batch_size: clips of a step, over all devices.
     accumulation_steps: passes that a batch is split into.
+    devices: others than those that there are, to compile for.
 
   Raises:
     UserError: the axes do not multiply to the number of devices, or the batch
@@ -46,16 +51,16 @@ def make_mesh(
   """
   sizes = [axes[name] for name in AXES]
   given = ' x '.join(f'mesh.{n}={s}' for n, s in zip(AXES, sizes, strict=True))
-  devices = jax.device_count()
+  count = jax.device_count() if devices is None else len(devices)
   if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
     raise UserError(
       f'{given}: expected sizes of at least 1, and at most one -1'
     )
   known = int(np.prod([size for size in sizes if size != -1]))
-  sizes = [size if size != -1 else devices // known for size in sizes]
-  if np.prod(sizes) != devices:
+  sizes = [size if size != -1 else count // known for size in sizes]
+  if np.prod(sizes) != count:
     raise UserError(
-      f'{given} does not make the {devices} devices that there are; set one '
+      f'{given} does not make the {count} devices that there are; set one '
       'of them to -1 to use what is left'
     )
   parts = sizes[0] * sizes[1] * accumulation_steps
@@ -65,7 +70,11 @@ def make_mesh(
       f'{sizes[0]} x {sizes[1]} devices and accumulation_steps='
       f'{accumulation_steps}; use a multiple of {parts}'
     )
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+  # jax.make_mesh refuses axes that are no whole axes of most TPU slices.
+  placed = mesh_utils.create_device_mesh(
+    sizes, devices, allow_split_physical_axes=True
+  )
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def partition_spec(
