@@ -132,7 +132,9 @@ def test_every_requirement_has_one_tested_version_in_its_range():
       assert specifier.operator == '=='
       assert canonicalize_name(pin.name) not in pins
       pins[canonicalize_name(pin.name)] = specifier.version
-  for name, requirement in _requirements('prepare', 'demo', 'test').items():
+  for name, requirement in _requirements(
+    'prepare', 'demo', 'test', 'plan'
+  ).items():
     assert requirement.specifier.contains(pins[name]), name
   assert 'torch' not in pins
 
