@@ -167,8 +167,10 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
   others, other_description = read(alone / folder)
   assert arrays.keys() == others.keys()
   for name, array in arrays.items():
+    # A hundredth of a step of Adam, which magnifies what rounding does to a
+    # gradient that is almost 0.
     np.testing.assert_allclose(
-      array, others[name], rtol=1e-4, atol=1e-6, err_msg=name
+      array, others[name], rtol=1e-4, atol=2e-5, err_msg=name
     )
   for same in ('step', 'data_position', 'class_names'):
     assert description[same] == other_description[same]
