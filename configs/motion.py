@@ -38,7 +38,7 @@ def get_config() -> config_dict.ConfigDict:
   config.dataset.flip = False
   config.dataset.num_threads = 2
   config.batch_size = 32
-  config.num_epochs = 4
+  config.num_epochs = 6
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_epochs = 0.5
   # From scratch, all of the backbone learns at the same rate. With a head that

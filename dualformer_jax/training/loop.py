@@ -731,6 +731,7 @@ def make_train_step(
         mixup=switches.mixup,
         cutmix=switches.cutmix,
       ),
+      gather=sharding.gather_for_use(mesh),
       token_targets=teacher.targets if teacher else None,
       token_weight=config.token_labels.weight,
       multi_label=dataset.multi_label,
@@ -763,6 +764,7 @@ def make_eval_step(
         pixel_mean=preprocessing.pixel_mean,
         pixel_std=preprocessing.pixel_std,
       ),
+      gather=sharding.gather_for_use(mesh),
     ),
     out_shardings=jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec()

@@ -6,7 +6,7 @@ largest divisible dimension, and spread along `tensor` by heads and by hidden
 channels (as in Megatron-LM, 1909.08053).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import re
 from typing import Any
 
@@ -148,6 +148,38 @@ def put_tree(tree: Any, shardings: Any) -> Any:
     )
 
   return jax.tree.map(put, tree, shardings)
+
+
+def gather_for_use(mesh: Mesh) -> Callable[[Any], Any]:
+  """Returns what makes parameters whole along `fsdp`, inside a jitted function.
+
+  They are stored in parts and computed with whole; without this XLA may as well
+  spread activations by the parts of a parameter, which takes more memory and
+  more arithmetic. Their gradients are spread again as they come, so that each
+  device adds up its own part alone (as in ZeRO, 1910.02054).
+  """
+  if mesh.shape['fsdp'] == 1:
+    return lambda tree: tree
+
+  def constrain(tree: Any, is_whole: bool) -> Any:
+    def place(leaf: Any, where: NamedSharding) -> Any:
+      axes = [
+        None if is_whole and axis == 'fsdp' else axis for axis in where.spec
+      ]
+      where = NamedSharding(mesh, PartitionSpec(*axes))
+      return jax.lax.with_sharding_constraint(leaf, where)
+
+    return jax.tree.map(place, tree, tree_shardings(tree, mesh))
+
+  @jax.custom_vjp
+  def gather(tree: Any) -> Any:
+    return constrain(tree, is_whole=True)
+
+  gather.defvjp(
+    lambda tree: (gather(tree), None),
+    lambda _, gradients: (constrain(gradients, is_whole=False),),
+  )
+  return gather
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def train_step(
   optimizer: optax.GradientTransformation,
   augment: Augment,
   mix: Mix | None = None,
+  gather: Callable[[Any], Any] = lambda tree: tree,
   token_targets: TokenTargets | None = None,
   token_weight: float = 0.5,
   multi_label: bool = False,
@@ -100,6 +101,8 @@ def train_step(
     augment: makes normalised clips of a key, of uint8 clips, and of the rest of
       the batch by name.
     mix: makes mixed clips and labels of the same key, clips and labels.
+    gather: makes parameters ready to be computed with; see
+      sharding.gather_for_use.
     token_targets: makes soft labels of tokens of the same key, of `teacher`, of
       normalised clips, and of the batch's part by name; None without.
     token_weight: share of the loss that is the tokens'.
@@ -125,7 +128,7 @@ def train_step(
       clips, labels = mix(augment_key, clips, labels)
     output, updates = model.apply(
       {
-        'params': _keep_frozen(frozen, params, jax.lax.stop_gradient),
+        'params': _keep_frozen(frozen, gather(params), jax.lax.stop_gradient),
         'batch_stats': batch_stats,
       },
       clips[:, :: clips.shape[1] // model.num_frames],
@@ -141,7 +144,7 @@ def train_step(
     )
     metrics = {}
     if token_targets is not None:
-      targets = token_targets(augment_key, teacher, clips, **stored)
+      targets = token_targets(augment_key, gather(teacher), clips, **stored)
       token_loss = losses.soft_cross_entropy(output.token_logits, targets)
       metrics = {'class_loss': loss, 'token_loss': token_loss}
       loss = (1 - token_weight) * loss + token_weight * token_loss
@@ -243,11 +246,13 @@ def view_logits(
   *,
   model: DualFormer,
   normalize: Normalize,
+  gather: Callable[[Any], Any] = lambda tree: tree,
 ) -> Float[Array, 'b v k']:
   """Returns the class scores of each view of each video.
 
-  Takes the arguments of eval_step.
+  Takes the arguments of eval_step, and `gather` of train_step.
   """
+  variables = gather(variables)
 
   def score(clips):
     output: Any = model.apply(variables, normalize(clips))
