@@ -220,7 +220,7 @@ def _print(report: dict[str, Any]) -> None:
   )
   for c in report['collectives']:
     print(
-      f'{c["kind"]:14}{c["purpose"]}, along {c["axes"]}: {c["times"]} times, '
+      f'{c["kind"] + " ":14}{c["purpose"]}, along {c["axes"]}: {c["times"]} times, '
       f'{c["bytes"] / 1e6:.1f} MB ({c["sent"] / 1e6:.1f} MB sent)'
     )
   for c in report['unexpected']:
