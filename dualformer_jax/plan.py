@@ -219,8 +219,9 @@ def _print(report: dict[str, Any]) -> None:
     f'{ratio:.1%} of what the model has'
   )
   for c in report['collectives']:
+    kind = c['kind'] + ' '  # of which some are long
     print(
-      f'{c["kind"] + " ":14}{c["purpose"]}, along {c["axes"]}: {c["times"]} times, '
+      f'{kind:14}{c["purpose"]}, along {c["axes"]}: {c["times"]} times, '
       f'{c["bytes"] / 1e6:.1f} MB ({c["sent"] / 1e6:.1f} MB sent)'
     )
   for c in report['unexpected']:

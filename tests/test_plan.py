@@ -114,7 +114,10 @@ def test_axes_of_a_mesh_may_split_those_of_a_slice(monkeypatch):
     (('--devices=2', '--topology=v5e:2x2'), '--topology'),
     (('--topology=v9:2x2', '--videos=9', *MODEL), 'expected v4, v5e'),
     (('--devices=2', *MODEL), '--videos'),
-    (('--devices=2', '--videos=9'), '--config.model.num_classes'),
+    (
+      ('--devices=2', '--videos=9', '--config.model.num_classes=0'),
+      '--config.model.num_classes',
+    ),
     (('--devices=3', '--videos=9', *MODEL), 'make it a multiple'),
   ],
 )

@@ -65,10 +65,17 @@ def soft_labels(
     logits = jnp.mean(logits, axis=1)
   else:
     logits = jnp.repeat(logits, frames // teacher_frames, axis=1)
-  if top < logits.shape[-1]:
-    lowest = jax.lax.top_k(logits, top)[0][..., -1:]
-    logits = jnp.where(logits >= lowest, logits, 0.0)
-  return jax.nn.softmax(logits)
+  return jax.nn.softmax(_keep_highest(logits, logits, top))
+
+
+def _keep_highest(
+  scores: Float[Array, '... k'], ranks: Float[Array, '... k'], top: int
+) -> Float[Array, '... k']:
+  """Sets the scores to 0 whose ranks are not among the highest `top`."""
+  if top >= scores.shape[-1]:
+    return scores
+  lowest = jax.lax.top_k(ranks, top)[0][..., -1:]
+  return jnp.where(ranks >= lowest, scores, 0.0)
 
 
 def ask_teacher(
@@ -136,10 +143,13 @@ def stored_labels(
     flip: whether clips are mirrored at random.
   """
   del teacher, clips
-  scores = jnp.zeros((*token_values.shape[:-1], num_classes))
-  scores = jnp.put_along_axis(
-    scores, token_classes, token_values, axis=-1, inplace=False
-  )
+  empty = jnp.zeros((*token_values.shape[:-1], num_classes))
+
+  def spread(values):
+    """All classes of each stored token; those that have no value are 0."""
+    return jnp.put_along_axis(
+      empty, token_classes, values, axis=-1, inplace=False
+    )
 
   def weights(first, size, tokens, stored):
     """Of each stored token for each of the clip's, [b, tokens, stored]."""
@@ -150,14 +160,24 @@ def stored_labels(
     return jnp.maximum(0, 1 - distance)
 
   top_edge, left, height, width = token_boxes.T
-  scores = jnp.einsum(
-    'bhi,bwj,bdijk->bdhwk',
-    weights(top_edge, height, grid[0], scores.shape[2]),
-    weights(left, width, grid[1], scores.shape[3]),
-    scores,
-    precision=jax.lax.Precision.HIGHEST,
-  )
+  rows = weights(top_edge, height, grid[0], empty.shape[2])
+  columns = weights(left, width, grid[1], empty.shape[3])
+
+  def cut(values):
+    return jnp.einsum(
+      'bhi,bwj,bdijk->bdhwk',
+      rows,
+      columns,
+      spread(values),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+  scores, known = cut(token_values), cut(jnp.ones_like(token_values))
   if flip:
     keys = jax.random.split(key, scores.shape[0])
-    scores = jnp.asarray(jax.vmap(dm_pix.random_flip_left_right)(keys, scores))
-  return soft_labels(scores, scores.shape[1], top)
+    mirror = jax.vmap(dm_pix.random_flip_left_right)
+    scores, known = (jnp.asarray(mirror(keys, x)) for x in (scores, known))
+  # A stored score may be negative, and yet higher than those that are not. What
+  # has next to no weight is there by rounding.
+  ranks = jnp.where(known > 1e-3, scores, -jnp.inf)
+  return jax.nn.softmax(_keep_highest(scores, ranks, top))
