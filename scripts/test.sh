@@ -7,6 +7,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 # The figures that the tests compare with were printed by a CPU.
 export JAX_PLATFORMS=cpu
+# Most tests compile more than they compute: this halves what compiling takes.
+export XLA_FLAGS="--xla_backend_optimization_level=0 ${XLA_FLAGS-}"
 # A file's tests run in one process, as they share what they prepare.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
   --dist=loadfile "$@"

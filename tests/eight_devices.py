@@ -13,7 +13,10 @@ from typing import Any
 
 if __name__ == '__main__':
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'
+  os.environ['XLA_FLAGS'] = (
+    '--xla_force_host_platform_device_count=8 '
+    '--xla_backend_optimization_level=0'
+  )
 
 import jax
 import numpy as np
