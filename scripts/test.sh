@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export JAX_PLATFORMS=cpu
 # Most tests compile more than they compute: this halves what compiling takes.
 export XLA_FLAGS="--xla_backend_optimization_level=0 ${XLA_FLAGS-}"
-# A file's tests run in one process, as they share what they prepare.
+# A file's tests run in one process, as they share what they prepare; in order,
+# as the files of most tests are not those that take longest.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
-  --dist=loadfile "$@"
+  --dist=loadfile --no-loadscope-reorder "$@"

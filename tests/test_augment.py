@@ -350,7 +350,7 @@ def test_mixup_mixes_pixels_and_labels_by_one_share():
   for key in range(5):
     found, soft = mixing(mixup=0.8)(jax.random.key(key), clips, labels)
     # Of clip 0 and its partner, clip 3.
-    share = 1 - np.mean(found[0, 0]) / 3
+    share = 1 - np.asarray(found[0, 0], np.float64).mean() / 3
     np.testing.assert_allclose(
       found, share * clips + (1 - share) * clips[partner], rtol=1e-4, atol=1e-4
     )
