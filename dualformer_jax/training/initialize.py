@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from dualformer_jax import pytorch, transfer
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.views import Preprocessing
-from dualformer_jax.training import checkpoint
+from dualformer_jax.training import checkpoint, sharding
 from dualformer_jax.training.step import TrainState
 
 # Fields of a model that do not change its parameters, ...
@@ -135,16 +135,13 @@ def start_from(
   )
 
   def put(new: Any, old: Any) -> Any:
-    return jax.make_array_from_callback(
-      old.shape, old.sharding, lambda index: new[index]
-    )
+    return sharding.put_tree(new, jax.tree.map(lambda x: x.sharding, old))
 
-  params = jax.tree.map(put, variables['params'], state.params)
-  batch_stats = variables.get('batch_stats', {})
+  params = put(variables['params'], state.params)
   return dataclasses.replace(
     state,
     params=params,
-    batch_stats=jax.tree.map(put, batch_stats, state.batch_stats),
+    batch_stats=put(variables.get('batch_stats', {}), state.batch_stats),
     ema_params=(
       None if state.ema_params is None else jax.tree.map(jnp.copy, params)
     ),

@@ -35,12 +35,8 @@ class Teacher:
 
   def on_mesh(self, mesh: jax.sharding.Mesh) -> Any:
     """Returns the variables, spread over the devices as a student's are."""
-    return jax.tree.map(
-      lambda array, where: jax.make_array_from_callback(
-        array.shape, where, lambda index: array[index]
-      ),
-      self.variables,
-      sharding.tree_shardings(self.variables, mesh),
+    return sharding.put_tree(
+      self.variables, sharding.tree_shardings(self.variables, mesh)
     )
 
 
