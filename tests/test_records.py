@@ -41,7 +41,7 @@ def copied(
 
   def copy(file_format: str = 'tfrecord') -> pathlib.Path:
     source = prepared_datasets / file_format / 'levels'
-    without_index = shutil.ignore_patterns('*.index.npz')
+    without_index = shutil.ignore_patterns('*.npz')
     shutil.copytree(source, tmp_path / 'levels', ignore=without_index)
     return tmp_path / 'levels' / '1.0.0'
 
