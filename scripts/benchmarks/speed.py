@@ -1,0 +1,185 @@
+"""How fast the model runs and trains, beside PyTorch on the same machine.
+
+  pip install torch    # only here; the package never imports it
+  python scripts/benchmarks/speed.py --out=docs/speed.json
+
+Every program runs in a process of its own (speed_worker.py), compiled and
+warmed up first; then all programs of a case take turns, round by round, so
+that what else the machine does falls on all alike. The medians over rounds are
+compared. Prints a table, and writes the figures with machine and versions.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import datetime
+import itertools
+import json
+import os
+import pathlib
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import app
+from absl import flags
+
+WORKER = pathlib.Path(__file__).with_name('speed_worker.py')
+PEERS = (
+  'jax',
+  'eager',
+  'eager-sdpa',
+  'compile',
+  'compile-sdpa',
+)
+
+OUT = flags.DEFINE_string('out', None, 'File to write the figures to (JSON).')
+VARIANTS = flags.DEFINE_list('variants', 'tiny,small,base', 'Sizes of model.')
+PASSES = flags.DEFINE_list('passes', 'forward,step', 'forward, step or both.')
+DTYPES = flags.DEFINE_list('dtypes', 'float32,bfloat16', 'What to compute in.')
+CLIPS = flags.DEFINE_list('clips', '1,2', 'Clips in a batch.')
+FRAMES = flags.DEFINE_list('frames', '32', 'Frames of a clip.')
+PIXELS = flags.DEFINE_list('pixels', '224', 'Rows and columns of a clip.')
+PEERS_FLAG = flags.DEFINE_list('peers', ','.join(PEERS), 'What to compare.')
+ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed runs of each.', lower_bound=1)
+
+
+class Program:
+  """A worker that has compiled its program and waits."""
+
+  def __init__(self, case: dict[str, Any]):
+    self.case, self.times = case, []
+    self.process = subprocess.Popen(
+      [sys.executable, WORKER, json.dumps(case)],
+      stdin=subprocess.PIPE,
+      stdout=subprocess.PIPE,
+      text=True,
+    )
+    self.told = self._answer()
+
+  def _answer(self) -> dict[str, Any]:
+    assert self.process.stdout is not None
+    line = self.process.stdout.readline()
+    return json.loads(line) if line else {'failed': True}
+
+  def run(self) -> None:
+    """Times one run."""
+    if not self.told.get('failed'):
+      assert self.process.stdin is not None
+      with contextlib.suppress(BrokenPipeError):
+        print('run', file=self.process.stdin, flush=True)
+      answer = self._answer()
+      self.told |= {k: v for k, v in answer.items() if k == 'failed'}
+      self.times += [answer['s']] if 's' in answer else []
+
+  def finish(self) -> dict[str, Any]:
+    """Returns all there is to tell, and ends the process."""
+    assert self.process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+      self.process.stdin.close()
+    if not self.told.get('failed'):
+      self.told |= self._answer()
+    self.process.wait()
+    result = {**self.case, **self.told, 'times_s': self.times}
+    if self.times:
+      median = statistics.median(self.times)
+      result |= {'s': median, 'clips_per_s': self.case['clips'] / median}
+    return result
+
+
+def measure(case: dict[str, Any], peers: Sequence[str]) -> list[dict[str, Any]]:
+  """Returns what each peer took for the case, having taken turns."""
+  programs = []
+  for peer in peers:
+    start = time.perf_counter()
+    programs.append(Program({'peer': peer, **case}))
+    took = time.perf_counter() - start
+    print(f'  {peer}: ready after {took:.0f} s', file=sys.stderr, flush=True)
+  for _ in range(ROUNDS.value):
+    for program in programs:
+      program.run()
+  return [program.finish() for program in programs]
+
+
+def flops(case: dict[str, Any]) -> float:
+  """Returns the floating-point operations of the case, two per multiply-add.
+
+  The backward pass of a product is two products. What is computed anew counts
+  for nothing, as it is not what was asked for.
+  """
+  from dualformer_jax.models import complexity, variants
+  from dualformer_jax.models.dualformer import DualFormer
+
+  model = DualFormer(
+    **getattr(variants, case['variant'].upper()),
+    num_classes=400,
+    num_frames=case['num_frames'],
+    image_size=case['image_size'],
+  )
+  passes = 3 if case['pass'] == 'step' else 1
+  products = sum(row.multiply_adds for row in complexity.count(model))
+  return 2 * passes * case['clips'] * products
+
+
+def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
+  """Prints a line for each program of one case."""
+  first = results[0]
+  names = ('variant', 'pass', 'dtype', 'clips', 'num_frames', 'image_size')
+  print(*(first[name] for name in names))
+  for result in results:
+    if 's' not in result:
+      print(f'  {result["peer"]:<14} failed')
+      continue
+    peak = peaks[first['dtype']]
+    share = flops(result) / result['s'] / peak['peak_flops']
+    ratio = result['s'] / first['s'] if 's' in first else float('nan')
+    line = (
+      f'  {result["peer"]:<14}{result["clips_per_s"]:8.2f} clips/s '
+      f'{ratio:6.2f}x the time '
+      f'{result["peak_bytes"] / 1e9:6.2f} GB '
+      f'{result["compile_s"]:6.1f} s to compile {share:6.1%} of peak FLOP/s'
+    )
+    if result.get('bytes_accessed'):
+      bandwidth = result['bytes_accessed'] / result['s']
+      line += f' {bandwidth / peak["peak_bandwidth"]:6.1%} of bandwidth'
+    print(line, flush=True)
+
+
+def main(_: Sequence[str]) -> None:
+  """Measures all cases."""
+  results = []
+  peaks = {}
+  for dtype in DTYPES.value:
+    peaks[dtype] = Program({'peer': 'peaks', 'dtype': dtype}).finish()
+  for variant, what, dtype, clips, frames, pixels in itertools.product(
+    VARIANTS.value,
+    PASSES.value,
+    DTYPES.value,
+    CLIPS.value,
+    FRAMES.value,
+    PIXELS.value,
+  ):
+    case = {
+      'variant': variant,
+      'pass': what,
+      'dtype': dtype,
+      'clips': int(clips),
+      'num_frames': int(frames),
+      'image_size': int(pixels),
+    }
+    results.append(measure(case, PEERS_FLAG.value))
+    show(results[-1], peaks)
+    if OUT.value:
+      content = {
+        'date': datetime.date.today().isoformat(),
+        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+        'peaks': peaks,
+        'results': list(itertools.chain(*results)),
+      }
+      pathlib.Path(OUT.value).write_text(json.dumps(content, indent=1))
+
+
+if __name__ == '__main__':
+  app.run(main)

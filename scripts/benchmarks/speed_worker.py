@@ -1,0 +1,229 @@
+"""One program of the speed benchmark, in a process of its own: see speed.py.
+
+  python scripts/benchmarks/speed_worker.py '{"peer": "jax", ...}'
+
+Builds what the case in its argument describes, prints a line of JSON about it,
+then answers each line it reads with the seconds that one more run took. At the
+end of its input it prints the peak of its memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+# Makes what is to be timed, and what there is to tell about it.
+Prepared = tuple[Callable[[], None], dict[str, Any]]
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+def inputs(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the same uint8 clips [b, t, y, x, 3] and labels [b] to everyone."""
+  rng = np.random.default_rng(0)
+  size = case['image_size']
+  shape = (case['clips'], case['num_frames'], size, size, 3)
+  return rng.integers(0, 256, shape, np.uint8), rng.integers(0, 400, shape[0])
+
+
+def prepare_jax(case: dict[str, Any]) -> Prepared:
+  """The package's own step of training, or of scoring."""
+  import jax
+  import jax.numpy as jnp
+
+  from dualformer_jax.models import variants
+  from dualformer_jax.models.dualformer import DualFormer
+  from dualformer_jax.training import augment, optimizer, step
+
+  model = DualFormer(
+    **getattr(variants, case['variant'].upper()),
+    num_classes=400,
+    drop_path_rate=0.1,
+    **{name: case[name] for name in ('num_frames', 'image_size', 'dtype')},
+    **case.get('model', {}),
+  )
+  clips, labels = map(jnp.asarray, inputs(case))
+  pixels = dict(pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
+  if case['pass'] == 'step':
+    shapes = jax.eval_shape(
+      model.init, jax.random.key(0), jnp.zeros(model.input_shape())
+    )
+    adamw = optimizer.make_optimizer(
+      shapes['params'],
+      1e-3,
+      0.02,
+      (('.*pos_block.*', 1, 0), ('backbone.*', 0.1, 1), ('.*', 1, 1)),
+    )
+    state = jax.jit(functools.partial(step.init_state, model, adamw, 0))()
+    function = jax.jit(
+      functools.partial(
+        step.train_step,
+        model=model,
+        optimizer=adamw,
+        augment=functools.partial(augment.augment, flip=True, **pixels),
+        seed=0,
+      ),
+      donate_argnums=0,
+    )
+    arguments = [state, {'clips': clips, 'labels': labels}]
+  else:
+    variables = jax.jit(model.init)(
+      jax.random.key(0), jnp.zeros(model.input_shape())
+    )
+    normalize = functools.partial(augment.normalize, **pixels)
+    function = jax.jit(
+      functools.partial(step.view_logits, model=model, normalize=normalize)
+    )
+    arguments = [variables, clips[:, None]]
+  start = time.perf_counter()
+  lowered = function.lower(*arguments)
+  traced = time.perf_counter()
+  compiled = lowered.compile()
+  told = {'trace_s': traced - start, 'compile_s': time.perf_counter() - traced}
+  memory = compiled.memory_analysis()
+  if memory is not None:
+    told['temporary_bytes'] = memory.temp_size_in_bytes
+  costs = compiled.cost_analysis() or {}
+  told['bytes_accessed'] = costs.get('bytes accessed')
+  told['device'] = jax.devices()[0].device_kind
+  told['version'] = f'jax {jax.__version__}'
+
+  def run() -> None:
+    out = jax.block_until_ready(compiled(*arguments))
+    if case['pass'] == 'step':
+      arguments[0] = out[0]
+
+  return run, told
+
+
+def prepare_torch(case: dict[str, Any]) -> Prepared:
+  """The PyTorch peer: eager, autocast or compiled, either attention."""
+  import torch
+  import torch.nn.functional as F
+  import torch_peer
+
+  from dualformer_jax.models import variants
+
+  options = case['peer'].split('-')
+  device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+  # What a user gets: TensorFloat-32 would not be float32.
+  torch.backends.cuda.matmul.allow_tf32 = False
+  torch.backends.cudnn.allow_tf32 = False
+  model = torch_peer.DualFormer(
+    **getattr(variants, case['variant'].upper()),
+    num_classes=400,
+    num_frames=case['num_frames'],
+    image_size=case['image_size'],
+    drop_path_rate=0.1,
+    attention='sdpa' if 'sdpa' in options else 'materialised',
+  ).to(device)
+  model.train(case['pass'] == 'step')
+  score = torch.compile(model) if 'compile' in options else model
+  optimizer = torch_peer.optimizer_of(model, 1e-3, 0.02)
+  clips, labels = (torch.from_numpy(x).to(device) for x in inputs(case))
+  mean, std = (
+    torch.tensor(x, device=device).view(1, 3, 1, 1, 1)
+    for x in (PIXEL_MEAN, PIXEL_STD)
+  )
+  autocast = torch.autocast(
+    device.type, torch.bfloat16, enabled=case['dtype'] == 'bfloat16'
+  )
+
+  def logits() -> Any:
+    with autocast:
+      return score((clips.permute(0, 4, 1, 2, 3).float() - mean) / std)
+
+  def run() -> None:
+    if case['pass'] == 'step':
+      optimizer.zero_grad()
+      F.cross_entropy(logits().float(), labels).backward()
+      optimizer.step()
+    else:
+      with torch.inference_mode():
+        logits()
+    if device.type == 'cuda':
+      torch.cuda.synchronize()
+
+  start = time.perf_counter()
+  run()
+  told = {
+    'compile_s': time.perf_counter() - start,
+    'version': f'torch {torch.__version__}',
+  }
+  if device.type == 'cuda':
+    told['device'] = torch.cuda.get_device_name()
+  return run, told
+
+
+def prepare_peaks(case: dict[str, Any]) -> Prepared:
+  """Measures what the machine can do: matrix products, and copying."""
+  import jax
+  import jax.numpy as jnp
+
+  on_cpu = jax.default_backend() == 'cpu'
+  size = 2048 if on_cpu else 8192
+  x = jnp.ones((size, size), case['dtype'])
+  long = jnp.ones(2**26 if on_cpu else 2**30, 'float32')
+  precision = 'highest' if case['dtype'] == 'float32' else None
+  product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+  add = jax.jit(lambda x: x + 1)
+
+  def best(function: Callable[[], Any]) -> float:
+    times = []
+    for _ in range(8):
+      start = time.perf_counter()
+      jax.block_until_ready(function())
+      times.append(time.perf_counter() - start)
+    return min(times)
+
+  told = {
+    'peak_flops': 2 * size**3 / best(lambda: product(x, x)),
+    'peak_bandwidth': 2 * long.nbytes / best(lambda: add(long)),
+    'device': jax.devices()[0].device_kind,
+    'jax': jax.__version__,
+  }
+  return lambda: None, told
+
+
+def peak_bytes(case: dict[str, Any]) -> int:
+  """Returns the peak of device memory, or of the process on a CPU."""
+  if case['peer'] == 'jax':
+    import jax
+
+    stats = jax.devices()[0].memory_stats()
+    if stats and 'peak_bytes_in_use' in stats:
+      return stats['peak_bytes_in_use']
+  elif 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
+    return sys.modules['torch'].cuda.max_memory_allocated()
+  # In KiB on Linux, in bytes on macOS.
+  unit = 1 if sys.platform == 'darwin' else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def main() -> None:
+  """Prepares the case, then runs it as often as asked."""
+  case = json.loads(sys.argv[1])
+  # Several processes share a GPU here.
+  os.environ['XLA_PYTHON_CLIENT_PREALLOCATE'] = 'false'
+  prepare = {'jax': prepare_jax, 'peaks': prepare_peaks}.get(
+    case['peer'], prepare_torch
+  )
+  run, told = prepare(case)
+  run()  # warm-up
+  print(json.dumps(told), flush=True)
+  for _ in sys.stdin:
+    start = time.perf_counter()
+    run()
+    print(json.dumps({'s': time.perf_counter() - start}), flush=True)
+  print(json.dumps({'peak_bytes': peak_bytes(case)}), flush=True)
+
+
+if __name__ == '__main__':
+  main()
