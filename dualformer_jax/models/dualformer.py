@@ -122,15 +122,16 @@ def run_block(
     # forward and recomputation are the same, does the work once, and keeps all.
     # (If dy is not finite then neither is the gradient, with or without this.)
     ready = jnp.isfinite(dy[(0,) * dy.ndim])
-    pullback = jax.tree.map(
-      lambda kept: (
-        jnp.where(ready, kept, jnp.nan)
-        if jnp.issubdtype(kept.dtype, jnp.floating)
-        else kept
+    shapes = jax.eval_shape(pullback, dy)
+    return jax.lax.cond(
+      ready,
+      lambda pullback, dy: pullback(dy),
+      lambda pullback, dy: jax.tree.map(
+        lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes
       ),
       pullback,
+      dy,
     )
-    return pullback(dy)
 
   run = nn.custom_vjp(
     lambda block, x: block(x, train), forward, backward, grad_vars='params'
