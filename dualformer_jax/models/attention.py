@@ -24,68 +24,149 @@ from dualformer_jax.models.layers import (
 )
 
 # Scores of one block that a device may hold, in bytes of float32: what stays in
-# the second-level cache of a CPU core, and what keeps a GPU or TPU busy.
-_BLOCK_BYTES = {'cpu': 2**22, 'gpu': 2**28, 'tpu': 2**28}
-# Queries that global attention takes at a time.
-_QUERY_BLOCK = 448
+# the last-level cache of a CPU, and what keeps a GPU or TPU busy.
+_BLOCK_BYTES = {'cpu': 2**23, 'gpu': 2**28, 'tpu': 2**28}
 
 
+@jax.custom_vjp
 def blocked_attention(
   q: Float[Array, 'g b l n e'],
-  k: Float[Array, '#g b m n e'],
-  v: Float[Array, '#g b m n e'],
-  is_key: Bool[np.ndarray, 'g m'] | None = None,
+  k: Float[Array, 'g b m n e'],
+  v: Float[Array, 'g b m n e'],
+  is_key: Bool[np.ndarray | Array, 'g m'] | None = None,
 ) -> Float[Array, 'g b l n e']:
   """Returns softmax(q k^T / sqrt(e)) v, group by group, softmax in float32.
 
   Args:
     q: queries: groups, batch, tokens, heads, channels of a head.
-    k: keys; one group may serve all groups of queries.
+    k: keys.
     v: values, as `k`.
     is_key: False for keys that stand for padding and take no part.
 
-  Groups are taken some at a time, so that their scores stay small; the scores
-  are not kept for the backward pass but made again there. The loop runs over
-  groups and never over the batch, which may be spread over devices.
+  Some groups are taken at a time or, of a single group, some queries, so that
+  their scores stay small. Scores are not kept for the backward pass, which
+  makes them anew from the logarithm of their sum (algorithm 4 of
+  FlashAttention, 2205.14135, with blocks of whole rows). The loop never runs
+  over the batch, which may be spread over devices.
   """
-  groups, batch, length, heads, channels = q.shape
-  precision = matmul_precision(q.dtype)
+  return _blocked_attention_fwd(q, k, v, is_key)[0]
 
+
+def _blocked_attention_fwd(q, k, v, is_key):
   def attend(q, k, v, is_key):
-    scores = jnp.einsum(
-      'blne,bmne->bnlm',
-      q * channels**-0.5,
-      k,
-      precision=precision,
-      preferred_element_type=jnp.float32,
-    )
-    if is_key is not None:
-      scores = jnp.where(is_key, scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores).astype(v.dtype)
-    return jnp.einsum('bnlm,bmne->blne', weights, v, precision=precision)
+    scores = _scores(q, k, is_key)
+    largest = scores.max(-1, keepdims=True)
+    weights = jnp.exp(scores - largest)
+    total = weights.sum(-1)
+    out = _product('gbnlm,gbmne->gbnle', weights.astype(v.dtype), v)
+    out = jnp.moveaxis(out / total[..., None], 2, 3).astype(q.dtype)
+    return out, largest[..., 0] + jnp.log(total)
 
-  score_bytes = 4 * batch * heads * length * k.shape[2]
-  budget = _block_bytes()
-  block = max(
-    size
-    for size in range(1, groups + 1)
-    if groups % size == 0 and (size == 1 or size * score_bytes <= budget)
+  steps, over_groups = _steps(q, k)
+  q_steps = _split(q, 0 if over_groups else 2, steps)
+  if over_groups:
+    operands = q_steps, *(_split(x, 0, steps) for x in (k, v, is_key))
+    out, log_total = jax.lax.map(lambda block: attend(*block), operands)
+  else:
+    out, log_total = jax.lax.map(lambda q: attend(q, k, v, is_key), q_steps)
+  out = checkpoint_name(_join(out, 0 if over_groups else 2), 'attention')
+  log_total = checkpoint_name(log_total, 'attention')
+  return out, (q, k, v, is_key, out, log_total)
+
+
+def _blocked_attention_bwd(residuals, dout):
+  q, k, v, is_key, out, log_total = residuals
+  scale = q.shape[-1] ** -0.5
+
+  def attend_bwd(q, k, v, is_key, out, log_total, dout):
+    weights = jnp.exp(_scores(q, k, is_key) - log_total[..., None])
+    # The products are written so that no matrix of scores is transposed.
+    dv = _product('gblne,gbnlm->gbnem', dout, weights.astype(v.dtype))
+    dweights = _product('gblne,gbmne->gbnlm', dout, v)
+    mean = jnp.einsum('gblne->gbnl', (dout * out).astype(jnp.float32))
+    dscores = (weights * (dweights - mean[..., None])).astype(q.dtype)
+    dq = _product('gbnlm,gbmne->gbnle', dscores, k * scale)
+    dk = _product('gblne,gbnlm->gbnem', q * scale, dscores)
+    return jnp.moveaxis(dq, 2, 3).astype(q.dtype), dk, dv
+
+  steps, over_groups = _steps(q, k)
+  axis = 0 if over_groups else 2
+  q_steps, out, dout = (_split(x, axis, steps) for x in (q, out, dout))
+  if over_groups:
+    k, v, is_key = (_split(x, 0, steps) for x in (k, v, is_key))
+    operands = q_steps, k, v, is_key, out, log_total, dout
+    dq, dk, dv = jax.lax.map(lambda block: attend_bwd(*block), operands)
+    dk, dv = (_join(x, 0) for x in (dk, dv))
+  else:
+
+    def add(total, block):
+      q, out, log_total, dout = block
+      dq, *dkv = attend_bwd(q, k, v, is_key, out, log_total, dout)
+      return jax.tree.map(jnp.add, total, dkv), dq
+
+    g, b, m, n, e = k.shape
+    zeros = [jnp.zeros((g, b, n, e, m), jnp.float32)] * 2
+    operands = q_steps, out, log_total, dout
+    (dk, dv), dq = jax.lax.scan(add, zeros, operands)
+  dk, dv = (rearrange(x, 'g b n e m -> g b m n e') for x in (dk, dv))
+  return _join(dq, axis), dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+blocked_attention.defvjp(_blocked_attention_fwd, _blocked_attention_bwd)
+
+
+def _product(equation: str, x: Array, y: Array) -> Float[Array, '...']:
+  """A product of matrices with float32 sums."""
+  return jnp.einsum(
+    equation,
+    x,
+    y,
+    precision=matmul_precision(x.dtype),
+    preferred_element_type=jnp.float32,
   )
 
-  def split(x):
-    return x.reshape(-1, block, *x.shape[1:])
 
-  if k.shape[0] == 1 < groups:
-    k, v = k[0], v[0]
-    attend_block = jax.checkpoint(jax.vmap(attend, (0, None, None, None)))
-    out = jax.lax.map(lambda q: attend_block(q, k, v, is_key), split(q))
-  else:
-    attend_block = jax.checkpoint(jax.vmap(attend))
-    operands = q, k, v, is_key
-    out = jax.lax.map(
-      lambda operands: attend_block(*operands), jax.tree.map(split, operands)
-    )
-  return out.reshape(q.shape)
+def _scores(
+  q: Float[Array, 'g b l n e'],
+  k: Float[Array, 'g b m n e'],
+  is_key: Bool[np.ndarray | Array, 'g m'] | None,
+) -> Float[Array, 'g b n l m']:
+  """Returns what softmax takes, float32."""
+  scores = _product('gblne,gbmne->gbnlm', q * q.shape[-1] ** -0.5, k)
+  if is_key is None:
+    return scores
+  is_key = is_key[:, None, None, None]
+  return jnp.where(is_key, scores, jnp.finfo(jnp.float32).min)
+
+
+def _steps(
+  q: Float[Array, 'g b l n e'], k: Float[Array, 'g b m n e']
+) -> tuple[int, bool]:
+  """Returns into how many blocks to split, and whether groups or queries."""
+  groups, batch, queries, heads, _ = q.shape
+  score_bytes = 4 * batch * heads * groups * queries * k.shape[2]
+  size = groups if groups > 1 else queries
+  steps = next(
+    steps
+    for steps in range(1, size + 1)
+    if size % steps == 0
+    and (steps == size or score_bytes <= steps * _block_bytes())
+  )
+  return steps, groups > 1
+
+
+def _split(x: Array | None, axis: int, steps: int) -> Array | None:
+  """Splits an axis into `steps` blocks; these come first."""
+  if x is None:
+    return None
+  shape = x.shape[:axis] + (steps, -1) + x.shape[axis + 1 :]
+  return jnp.moveaxis(jnp.reshape(x, shape), axis, 0)
+
+
+def _join(x: Array, axis: int) -> Array:
+  """Undoes _split."""
+  x = jnp.moveaxis(x, 0, axis)
+  return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def _block_bytes() -> int:
@@ -134,7 +215,6 @@ class LocalWindowAttention(nn.Module):
     qkv = checkpoint_name(qkv, 'qkv')
     q, k, v = (qkv[..., i, :, :] for i in range(3))
     x = blocked_attention(q, k, v, None if is_key.all() else is_key)
-    x = checkpoint_name(x, 'attention')
     x = Linear(self.num_heads * head, self.dtype, inputs=2, name='proj')(x)
     x = rearrange(
       x, f'{windows[0]} b {windows[1]} c -> b {pattern} c', **sizes, **counts
@@ -181,11 +261,7 @@ class GlobalPyramidAttention(nn.Module):
     kv = Linear((2, self.num_heads, head), self.dtype, name='kv')(pyramid)
     kv = checkpoint_name(kv, 'qkv')
 
-    block = math.gcd(q.shape[1], _QUERY_BLOCK)
-    q = rearrange(q, 'b (g l) n e -> g b l n e', l=block)
-    x = blocked_attention(q, kv[None, :, :, 0], kv[None, :, :, 1])
-    x = rearrange(x, 'g b l n e -> b (g l) n e')
-    x = checkpoint_name(x, 'attention')
+    x = blocked_attention(q[None], kv[None, :, :, 0], kv[None, :, :, 1])[0]
     x = Linear(channels, self.dtype, inputs=2, name='proj')(x)
     return x.reshape(-1, *grid, channels)
 
