@@ -1,10 +1,12 @@
 """Local window and global pyramid attention (2112.04674, section 3).
 
-Neither keeps a score matrix: attention runs over blocks of windows (or of
-queries), and the backward pass makes each block's scores anew.
+Neither keeps a score matrix: the backward pass makes scores anew. On TPUs and
+GPUs a kernel does, elsewhere a loop over blocks of windows or of queries.
 """
 
+from collections.abc import Callable
 import math
+from typing import Any
 
 from einops import rearrange
 import flax.linen as nn
@@ -14,18 +16,82 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpy as np
 
+from dualformer_jax.models import tpu_attention
 from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
   Linear,
+  Projections,
   Size,
   layer_norm,
   matmul_precision,
+  platform,
 )
 
 # Scores of one block that a device may hold, in bytes of float32: what stays in
 # the last-level cache of a CPU, and what keeps a GPU or TPU busy.
 _BLOCK_BYTES = {'cpu': 2**23, 'gpu': 2**28, 'tpu': 2**28}
+
+
+def attention(
+  q: Float[Array, 'g b l c'],
+  k: Float[Array, 'g b m c'],
+  v: Float[Array, 'g b m c'],
+  num_heads: int,
+  is_key: Bool[np.ndarray, 'g m'] | None = None,
+) -> Float[Array, 'g b l c']:
+  """Returns softmax(q k^T / sqrt(e)) v for each head of e channels.
+
+  By the fastest means that there is; they compute what `blocked_attention`
+  does, whose arguments these are, but for the axis of heads.
+  """
+  groups, batch, length, channels = q.shape
+  # In float32, kernels for GPUs would compute with fewer digits.
+  has_kernel = q.dtype == jnp.bfloat16 and is_key is None
+  if has_kernel and platform() == 'tpu':
+    head = channels // num_heads
+    kernel, parts = _on_every_device(
+      lambda q, k, v: tpu_attention.attention(q, k, v, head)
+    )
+    if batch % parts['batch'] == 0 and tpu_attention.fits(
+      length, channels // parts['heads'], head
+    ):
+      return kernel(q, k, v)
+  if has_kernel and platform() == 'gpu':
+    q, k, v = (
+      rearrange(x, 'g b l (n e) -> (b g) l n e', n=num_heads) for x in (q, k, v)
+    )
+    out = jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
+    return rearrange(out, '(b g) l n e -> g b l (n e)', g=groups)
+  q, k, v = (
+    rearrange(x, 'g b l (n e) -> g b l n e', n=num_heads) for x in (q, k, v)
+  )
+  out = blocked_attention(q, k, v, is_key)
+  return rearrange(out, 'g b l n e -> g b l (n e)')
+
+
+def _on_every_device(
+  function: Callable[..., Array],
+) -> tuple[Callable[..., Array], dict[str, int]]:
+  """Lets each device of the mesh run a kernel for its batch and its heads.
+
+  The compiler can split what it has made, but no kernel.
+
+  Returns:
+    The function for whole arrays [g, b, l, n e], and into how many parts it
+    splits 'batch' and 'heads'.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.size <= 1:
+    return function, {'batch': 1, 'heads': 1}
+  batch_axes = tuple(axis for axis in mesh.axis_names if axis != 'tensor')
+  heads_axis = 'tensor' if 'tensor' in mesh.axis_names else None
+  spec = jax.sharding.PartitionSpec(None, batch_axes, None, heads_axis)
+  heads = mesh.shape.get('tensor', 1)
+  split = jax.shard_map(
+    function, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False
+  )
+  return split, {'batch': mesh.size // heads, 'heads': heads}
 
 
 @jax.custom_vjp
@@ -155,7 +221,7 @@ def _steps(
   return steps, groups > 1
 
 
-def _split(x: Array | None, axis: int, steps: int) -> Array | None:
+def _split(x: Any, axis: int, steps: int) -> Any:
   """Splits an axis into `steps` blocks; these come first."""
   if x is None:
     return None
@@ -170,15 +236,9 @@ def _join(x: Array, axis: int) -> Array:
 
 
 def _block_bytes() -> int:
-  """Returns the bytes of a block's scores, which all devices of a mesh share.
-
-  The mesh is asked what its devices are, as they need not be this machine's:
-  programs are also compiled ahead of time.
-  """
-  mesh = jax.sharding.get_abstract_mesh()
-  device = mesh.abstract_device
-  platform = device.platform if device else jax.default_backend()
-  return max(1, mesh.size) * _BLOCK_BYTES.get(platform, 2**28)
+  """Returns the bytes of a block's scores, which all devices of a mesh share."""
+  devices = max(1, jax.sharding.get_abstract_mesh().size)
+  return devices * _BLOCK_BYTES.get(platform(), 2**28)
 
 
 class LocalWindowAttention(nn.Module):
@@ -210,12 +270,12 @@ class LocalWindowAttention(nn.Module):
     x = rearrange(x, f'b {pattern} c -> {windows[0]} b {windows[1]} c', **sizes)
     is_key = rearrange(is_key, f'{pattern} -> {" ".join(windows)}', **sizes)
 
-    head = x.shape[-1] // self.num_heads
-    qkv = Linear((3, self.num_heads, head), self.dtype, name='qkv')(x)
-    qkv = checkpoint_name(qkv, 'qkv')
-    q, k, v = (qkv[..., i, :, :] for i in range(3))
-    x = blocked_attention(q, k, v, None if is_key.all() else is_key)
-    x = Linear(self.num_heads * head, self.dtype, inputs=2, name='proj')(x)
+    heads = self.num_heads, x.shape[-1] // self.num_heads
+    qkv = Projections((3, *heads), self.dtype, name='qkv')(x)
+    q, k, v = (checkpoint_name(y, 'qkv') for y in qkv)
+    x = attention(q, k, v, self.num_heads, None if is_key.all() else is_key)
+    x = checkpoint_name(x, 'attention')
+    x = Linear(x.shape[-1], self.dtype, inputs=heads, name='proj')(x)
     x = rearrange(
       x, f'{windows[0]} b {windows[1]} c -> b {pattern} c', **sizes, **counts
     )
@@ -240,9 +300,9 @@ class GlobalPyramidAttention(nn.Module):
   ) -> Float[Array, 'b d h w c']:
     d, h, w, channels = x.shape[1:]
     grid = (d, h, w)
-    head = channels // self.num_heads
-    q = Linear((self.num_heads, head), self.dtype, name='q')(x)
-    q = rearrange(checkpoint_name(q, 'qkv'), 'b d h w n e -> b (d h w) n e')
+    heads = self.num_heads, channels // self.num_heads
+    q = Linear(heads, self.dtype, name='q')(x)
+    q = rearrange(checkpoint_name(q, 'qkv'), 'b d h w c -> 1 b (d h w) c')
 
     kernels = pyramid_kernels(grid, self.fine_size, self.coarse_size)
     if kernels:
@@ -258,11 +318,11 @@ class GlobalPyramidAttention(nn.Module):
       pyramid = layer_norm(self.dtype, name='norm')(pyramid)
     else:
       pyramid = rearrange(x, 'b d h w c -> b (d h w) c')
-    kv = Linear((2, self.num_heads, head), self.dtype, name='kv')(pyramid)
-    kv = checkpoint_name(kv, 'qkv')
+    kv = Projections((2, *heads), self.dtype, name='kv')(pyramid)
+    k, v = (checkpoint_name(y, 'qkv')[None] for y in kv)
 
-    x = blocked_attention(q[None], kv[None, :, :, 0], kv[None, :, :, 1])[0]
-    x = Linear(channels, self.dtype, inputs=2, name='proj')(x)
+    x = checkpoint_name(attention(q, k, v, self.num_heads)[0], 'attention')
+    x = Linear(channels, self.dtype, inputs=heads, name='proj')(x)
     return x.reshape(-1, *grid, channels)
 
 

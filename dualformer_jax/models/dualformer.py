@@ -22,6 +22,7 @@ from dualformer_jax.models.layers import (
   PositionalConvolution,
   Size,
   layer_norm,
+  platform,
 )
 
 
@@ -111,23 +112,28 @@ def run_block(
       'qkv', 'attention', 'attended', 'hidden'
     )
 
+  on_cpu = platform() == 'cpu'
+  checkpointed = nn.remat(
+    lambda block, x: block(x, train), policy=policy, prevent_cse=not on_cpu
+  )
+  if not on_cpu:
+    return checkpointed(block, x)
+
   def forward(block, x):
-    checkpointed = nn.remat(
-      lambda block, x: block(x, train), policy=policy, prevent_cse=False
-    )
     return nn.vjp(checkpointed, block, x)
 
   def backward(pullback, dy):
-    # What was kept is made to depend on dy. Otherwise XLA on a CPU sees that
-    # forward and recomputation are the same, does the work once, and keeps all.
-    # (If dy is not finite then neither is the gradient, with or without this.)
-    ready = jnp.isfinite(dy[(0,) * dy.ndim])
-    shapes = jax.eval_shape(pullback, dy)
+    # In a branch, and so in a computation of its own. Otherwise XLA on a CPU
+    # sees that forward and recomputation are the same, does the work once, and
+    # keeps all; and it computes the sum dy, which has a term from each later
+    # block, again from its terms wherever it is used. (If dy is not finite then
+    # neither is the gradient.)
+    gradients = jax.eval_shape(pullback, dy)
     return jax.lax.cond(
-      ready,
+      jnp.isfinite(dy[(0,) * dy.ndim]),
       lambda pullback, dy: pullback(dy),
       lambda pullback, dy: jax.tree.map(
-        lambda s: jnp.full(s.shape, jnp.nan, s.dtype), shapes
+        lambda g: jnp.full(g.shape, jnp.nan, g.dtype), gradients
       ),
       pullback,
       dy,

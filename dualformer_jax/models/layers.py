@@ -14,6 +14,16 @@ import numpy as np
 Size = tuple[int, int, int]
 
 
+def platform() -> str:
+  """Returns what is compiled for: 'cpu', 'gpu' or 'tpu'.
+
+  The mesh is asked what its devices are, as they need not be this machine's:
+  programs are also compiled ahead of time.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return device.platform if device else jax.default_backend()
+
+
 def matmul_precision(dtype: str | np.dtype) -> jax.lax.Precision:
   """Float32 means float32: no TF32 on GPUs, no bfloat16 passes on TPUs."""
   if jnp.dtype(dtype) == jnp.float32:
@@ -29,42 +39,73 @@ def layer_norm(dtype: str, name: str) -> nn.LayerNorm:
 
 
 class Linear(nn.Module):
-  """A linear layer, possibly from or to several axes (such as heads).
+  """A linear layer of whose weights axes may be split, as into heads.
+
+  Activations keep their channels on one axis, which is what devices lay out
+  best; splitting the axes of weights is for those who name, cut or shard them.
 
   Weights start as a normal distribution of `std`, biases at zero. (The
   published code truncates at 100 standard deviations, which is never.)
 
   Attributes:
-    features: size of the output axis or axes.
+    features: size of the output axis or, in the weights, axes.
     dtype: what to compute in; parameters are float32.
-    inputs: how many last axes of the input are contracted.
+    inputs: sizes of the input axes in the weights; by default one, the input's.
     std: standard deviation of the initial weights.
   """
 
   features: int | Sequence[int]
   dtype: str
-  inputs: int = 1
+  inputs: Sequence[int] | None = None
   std: float = 0.02
 
   @nn.compact
-  def __call__(self, x: Float[Array, '... i']) -> Float[Array, '...']:
+  def __call__(self, x: Float[Array, '... i']) -> Float[Array, '... o']:
     features = (
       (self.features,)
       if isinstance(self.features, int)
       else tuple(self.features)
     )
-    axes = tuple(range(-self.inputs, 0))
-    shape = x.shape[x.ndim - self.inputs :] + features
+    shape = (*(self.inputs or x.shape[-1:]), *features)
     kernel = self.param('kernel', nn.initializers.normal(self.std), shape)
     bias = self.param('bias', nn.initializers.zeros, features)
     dtype = jnp.dtype(self.dtype)
-    x = jnp.tensordot(
+    x = jnp.dot(
       x.astype(dtype),
-      kernel.astype(dtype),
-      axes=(axes, tuple(range(self.inputs))),
+      kernel.reshape(x.shape[-1], -1).astype(dtype),
       precision=matmul_precision(self.dtype),
     )
-    return x + bias.astype(dtype)
+    return x + bias.reshape(-1).astype(dtype)
+
+
+class Projections(nn.Module):
+  """Linear layers of one input whose weights are kept together, as qkv.
+
+  To cut the weights is to move less than to cut what comes out.
+
+  Attributes:
+    features: sizes of the axes of weights; first, how many layers there are.
+    dtype: as in Linear.
+  """
+
+  features: Sequence[int]
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '... i']) -> list[Float[Array, '... o']]:
+    shape = (x.shape[-1], *self.features)
+    kernel = self.param('kernel', nn.initializers.normal(0.02), shape)
+    bias = self.param('bias', nn.initializers.zeros, tuple(self.features))
+    dtype = jnp.dtype(self.dtype)
+    results = []
+    for index in range(self.features[0]):
+      y = jnp.dot(
+        x.astype(dtype),
+        kernel[:, index].reshape(x.shape[-1], -1).astype(dtype),
+        precision=matmul_precision(self.dtype),
+      )
+      results.append(y + bias[index].reshape(-1).astype(dtype))
+    return results
 
 
 def _conv_init(fan_in: int):

@@ -341,6 +341,11 @@ def _bytes(
   written = sum(shape.bytes for shape in i.shapes if shape.in_memory)
   if i.opcode.endswith('-start'):  # its tuple names its operands as well
     written = i.shapes[0].bytes if i.shapes and i.shapes[0].in_memory else 0
+  if i.opcode in ('slice-start', 'dynamic-slice-start'):
+    # Names its operands, then what it cuts out of the first.
+    result = i.shapes[len(i.operands)]
+    source = computation[i.operands[0]].shapes[0]
+    return result.bytes * (result.in_memory + source.in_memory)
   if i.opcode in ('dynamic-slice', 'slice', 'gather'):
     return 2 * written
   if i.opcode == 'dynamic-update-slice':
