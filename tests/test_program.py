@@ -105,6 +105,21 @@ def test_a_loop_may_tell_how_often_it_runs():
   assert (found.flops, found.unknown_loops) == (2 * 4 * 8 * 16, 1)
 
 
+def test_kernels_tell_what_they_do_and_slices_move_what_they_cut():
+  text = entry(
+    '%x = bf16[8,4]{1,0} parameter(0)',
+    '%y = bf16[8,4]{1,0} custom-call(%x), custom_call_target="kernel", '
+    'backend_config={"cost_estimate":{"flops":"123","transcendentals":"4"}}',
+    '%s = ((bf16[8,4]{1,0}), bf16[2,4]{1,0:S(1)}, s32[]{:S(2)}) '
+    'slice-start(%y), slice={[0:2], [0:4]}',
+    'ROOT %d = bf16[2,4]{1,0:S(1)} slice-done(%s)',
+  )
+  found = program.read(text, mesh())
+  assert found.flops == 123
+  # The kernel reads and writes an array; of the slice, what it reads counts.
+  assert found.bytes == 2 * (2 * 32) + 2 * 8
+
+
 def test_what_lies_beside_the_arithmetic_is_no_traffic():
   text = entry(
     '%x = bf16[8,4]{1,0} parameter(0)',

@@ -5,6 +5,7 @@ GPUs a kernel does, elsewhere a loop over blocks of windows or of queries.
 """
 
 from collections.abc import Callable
+import contextlib
 import math
 from typing import Any
 
@@ -57,16 +58,21 @@ def attention(
       length, channels // parts['heads'], head
     ):
       return kernel(q, k, v)
-  if has_kernel and platform() == 'gpu':
-    q, k, v = (
-      rearrange(x, 'g b l (n e) -> (b g) l n e', n=num_heads) for x in (q, k, v)
-    )
-    out = jax.nn.dot_product_attention(q, k, v, implementation='cudnn')
-    return rearrange(out, '(b g) l n e -> g b l (n e)', g=groups)
   q, k, v = (
     rearrange(x, 'g b l (n e) -> g b l n e', n=num_heads) for x in (q, k, v)
   )
-  out = blocked_attention(q, k, v, is_key)
+  out = None
+  if has_kernel and platform() == 'gpu':
+    # Where there is no cuDNN (or none for this GPU, or this size of heads) is
+    # told before anything is compiled.
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+      out = jax.nn.dot_product_attention(
+        *(rearrange(x, 'g b l n e -> (b g) l n e') for x in (q, k, v)),
+        implementation='cudnn',
+      )
+      out = rearrange(out, '(b g) l n e -> g b l n e', g=groups)
+  if out is None:
+    out = blocked_attention(q, k, v, is_key)
   return rearrange(out, 'g b l n e -> g b l (n e)')
 
 
@@ -120,7 +126,7 @@ def blocked_attention(
 
 def _blocked_attention_fwd(q, k, v, is_key):
   def attend(q, k, v, is_key):
-    scores = _scores(q, k, is_key)
+    scores = _scores(q * q.shape[-1] ** -0.5, k, is_key)
     largest = scores.max(-1, keepdims=True)
     weights = jnp.exp(scores - largest)
     total = weights.sum(-1)
@@ -145,13 +151,16 @@ def _blocked_attention_bwd(residuals, dout):
   scale = q.shape[-1] ** -0.5
 
   def attend_bwd(q, k, v, is_key, out, log_total, dout):
+    # Keys are scaled, where the forward pass scales queries: a compiler that
+    # sees the same product twice would keep the first one's scores.
+    k = k * scale
     weights = jnp.exp(_scores(q, k, is_key) - log_total[..., None])
     # The products are written so that no matrix of scores is transposed.
     dv = _product('gblne,gbnlm->gbnem', dout, weights.astype(v.dtype))
     dweights = _product('gblne,gbmne->gbnlm', dout, v)
     mean = jnp.einsum('gblne->gbnl', (dout * out).astype(jnp.float32))
     dscores = (weights * (dweights - mean[..., None])).astype(q.dtype)
-    dq = _product('gbnlm,gbmne->gbnle', dscores, k * scale)
+    dq = _product('gbnlm,gbmne->gbnle', dscores, k)
     dk = _product('gblne,gbnlm->gbnem', q * scale, dscores)
     return jnp.moveaxis(dq, 2, 3).astype(q.dtype), dk, dv
 
@@ -197,8 +206,8 @@ def _scores(
   k: Float[Array, 'g b m n e'],
   is_key: Bool[np.ndarray | Array, 'g m'] | None,
 ) -> Float[Array, 'g b n l m']:
-  """Returns what softmax takes, float32."""
-  scores = _product('gblne,gbmne->gbnlm', q * q.shape[-1] ** -0.5, k)
+  """Returns what softmax takes of queries or keys that are scaled; float32."""
+  scores = _product('gblne,gbmne->gbnlm', q, k)
   if is_key is None:
     return scores
   is_key = is_key[:, None, None, None]

@@ -108,8 +108,13 @@ def run_block(
     return block(x, train)
   policy = None
   if remat == 'elementwise':
-    policy = jax.checkpoint_policies.save_only_these_names(
-      'qkv', 'attention', 'attended', 'hidden'
+    policies = jax.checkpoint_policies
+    policy = policies.save_from_both_policies(
+      policies.save_only_these_names('qkv', 'attention', 'attended', 'hidden'),
+      # What cuDNN's attention puts out, which has no name.
+      lambda primitive, *_, **__: (
+        primitive.name.startswith('dot_product_attention_fwd')
+      ),
     )
 
   on_cpu = platform() == 'cpu'

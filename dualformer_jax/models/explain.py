@@ -4,6 +4,7 @@ import math
 import re
 from typing import Any
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -145,9 +146,11 @@ def global_attention(
   )
   sown: Any = intermediates
   sown = sown['intermediates']['backbone'][name]['attn']
-  [q], [kv] = sown['q']['__call__'], sown['kv']['__call__']
+  [q], [[k, _]] = sown['q']['__call__'], sown['kv']['__call__']
+  heads = model.num_heads[stage]
   q = q[:, token[0], token[1], token[2]].astype(jnp.float32)
-  k = kv[:, :, 0].astype(jnp.float32)
+  q = rearrange(q, 'b (n e) -> b n e', n=heads)
+  k = rearrange(k.astype(jnp.float32), 'b m (n e) -> b m n e', n=heads)
   scores = jnp.einsum(
     'bne,bmne->bnm',
     q * q.shape[-1] ** -0.5,
