@@ -1,6 +1,7 @@
 """Kernels for TPUs compute attention; those for GPUs are asked for."""
 
 import re
+from typing import Any
 
 import jax
 from jax._src.cudnn import fused_attention_stablehlo
@@ -45,7 +46,8 @@ def test_it_is_attention_with_its_gradients(
     return tpu_attention.attention(q, k, v, head, True)
 
   operands = [jnp.asarray(x, jnp.float32) for x in (q, k, v)]
-  out, pullback = jax.vjp(run, *operands)
+  vjp: Any = jax.vjp(run, *operands)
+  out, pullback = vjp
   gradients = pullback(jnp.asarray(dout, jnp.float32))
   for g in range(groups):
     for b in range(batch):
@@ -57,11 +59,11 @@ def test_it_is_attention_with_its_gradients(
     direction = rng.standard_normal(operands[index].shape)
     values = []
     for sign in (1, -1):
-      moved = [q, k, v]
+      moved: list[Any] = [q, k, v]
       moved[index] = moved[index] + sign * step * direction
       values.append(
         sum(
-          np.vdot(attend(*(x[g, b] for x in moved), head), dout[g, b])
+          np.vdot(attend(*(x[g, b] for x in moved), head=head), dout[g, b])
           for g in range(groups)
           for b in range(batch)
         )

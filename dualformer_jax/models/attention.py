@@ -206,7 +206,7 @@ def _scores(
   k: Float[Array, 'g b m n e'],
   is_key: Bool[np.ndarray | Array, 'g m'] | None,
 ) -> Float[Array, 'g b n l m']:
-  """Returns what softmax takes of queries or keys that are scaled; float32."""
+  """Returns what softmax takes, if q or k are scaled; float32."""
   scores = _product('gblne,gbmne->gbnlm', q, k)
   if is_key is None:
     return scores
@@ -245,7 +245,7 @@ def _join(x: Array, axis: int) -> Array:
 
 
 def _block_bytes() -> int:
-  """Returns the bytes of a block's scores, which all devices of a mesh share."""
+  """Returns the bytes of a block, which all devices of a mesh share."""
   devices = max(1, jax.sharding.get_abstract_mesh().size)
   return devices * _BLOCK_BYTES.get(platform(), 2**28)
 

@@ -112,8 +112,8 @@ def run_block(
     policy = policies.save_from_both_policies(
       policies.save_only_these_names('qkv', 'attention', 'attended', 'hidden'),
       # What cuDNN's attention puts out, which has no name.
-      lambda primitive, *_, **__: (
-        primitive.name.startswith('dot_product_attention_fwd')
+      lambda primitive, *_, **__: primitive.name.startswith(
+        'dot_product_attention_fwd'
       ),
     )
 

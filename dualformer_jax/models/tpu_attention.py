@@ -113,7 +113,9 @@ def _blocks(
   rows = _query_block(queries)
   lanes = min(_LANES, channels)
   grid = (groups, batch, channels // lanes, queries // rows)
-  of_queries = pl.BlockSpec((1, 1, rows, lanes), lambda g, b, c, i: (g, b, i, c))
+  of_queries = pl.BlockSpec(
+    (1, 1, rows, lanes), lambda g, b, c, i: (g, b, i, c)
+  )
   of_keys = pl.BlockSpec(
     (1, 1, k.shape[2], lanes), lambda g, b, c, i: (g, b, 0, c)
   )

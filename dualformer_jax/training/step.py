@@ -4,6 +4,7 @@ from collections.abc import Callable
 import re
 from typing import Any
 
+from einops import rearrange
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 import optax
 
 from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.models.layers import platform
 from dualformer_jax.training import losses
 
 Augment = Callable[..., Float[Array, 'b t h w 3']]
@@ -21,6 +23,9 @@ Mix = Callable[
 ]
 # (key, the teacher's variables, clips, the rest of the batch) -> soft labels
 TokenTargets = Callable[..., Float[Array, 'b d h w k']]
+# For each device, when scoring the views of videos.
+_CLIPS_AT_A_TIME = 8
+
 Normalize = Callable[[UInt8[Array, 'b t h w 3']], Float[Array, 'b t h w 3']]
 
 
@@ -258,6 +263,14 @@ def view_logits(
     output: Any = model.apply(variables, normalize(clips))
     return output.logits
 
-  # One view at a time: as much memory as for a batch of clips.
-  logits = jax.lax.map(score, jnp.moveaxis(views, 1, 0))
-  return jnp.moveaxis(logits, 0, 1)
+  # As many views at a time as keep a device busy, and no more memory than a
+  # batch of clips takes; a CPU is busy with one.
+  batch, count = views.shape[:2]
+  most = 1
+  if platform() != 'cpu':
+    devices = max(1, jax.sharding.get_abstract_mesh().size)
+    most = max(1, _CLIPS_AT_A_TIME * devices // batch)
+  together = max(n for n in range(1, count + 1) if count % n == 0 and n <= most)
+  passes = rearrange(views, 'b (i v) t h w c -> i (b v) t h w c', v=together)
+  logits = jax.lax.map(score, passes)
+  return rearrange(logits, 'i (b v) k -> b (i v) k', v=together)

@@ -6,7 +6,13 @@
 Every program runs in a process of its own (speed_worker.py), compiled and
 warmed up first; then all programs of a case take turns, round by round, so
 that what else the machine does falls on all alike. The medians over rounds are
-compared. Prints a table, and writes the figures with machine and versions.
+compared. Prints a table, and writes the figures with machine and versions into
+a file, where those of other cases stay. speed_plot.py draws them.
+
+A peer is 'jax', the package; 'jax-full', the package with all tokens attending
+to all, as a plain video transformer would; or a way to run torch_peer.py: eager
+or compile, and with -sdpa by PyTorch's fused attention. With bfloat16 these run
+under autocast.
 """
 
 from collections.abc import Sequence
@@ -23,8 +29,7 @@ import sys
 import time
 from typing import Any
 
-from absl import app
-from absl import flags
+from absl import app, flags
 
 WORKER = pathlib.Path(__file__).with_name('speed_worker.py')
 PEERS = (
@@ -126,8 +131,10 @@ def flops(case: dict[str, Any]) -> float:
 def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
   """Prints a line for each program of one case."""
   first = results[0]
-  names = ('variant', 'pass', 'dtype', 'clips', 'num_frames', 'image_size')
-  print(*(first[name] for name in names))
+  print(
+    '{variant} {pass} {dtype}, {clips} x {num_frames} x {image_size} x '
+    '{image_size}'.format(**first)
+  )
   for result in results:
     if 's' not in result:
       print(f'  {result["peer"]:<14} failed')
@@ -149,7 +156,8 @@ def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
 
 def main(_: Sequence[str]) -> None:
   """Measures all cases."""
-  results = []
+  out = pathlib.Path(OUT.value) if OUT.value else None
+  kept = json.loads(out.read_text()) if out and out.exists() else []
   peaks = {}
   for dtype in DTYPES.value:
     peaks[dtype] = Program({'peer': 'peaks', 'dtype': dtype}).finish()
@@ -169,16 +177,21 @@ def main(_: Sequence[str]) -> None:
       'num_frames': int(frames),
       'image_size': int(pixels),
     }
-    results.append(measure(case, PEERS_FLAG.value))
-    show(results[-1], peaks)
-    if OUT.value:
-      content = {
-        'date': datetime.date.today().isoformat(),
-        'machine': f'{platform.machine()}, {os.cpu_count()} cores',
-        'peaks': peaks,
-        'results': list(itertools.chain(*results)),
-      }
-      pathlib.Path(OUT.value).write_text(json.dumps(content, indent=1))
+    results = measure(case, PEERS_FLAG.value)
+    show(results, peaks)
+    where = {
+      'date': datetime.date.today().isoformat(),
+      'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+      'peak_flops': peaks[dtype]['peak_flops'],
+      'peak_bandwidth': peaks[dtype]['peak_bandwidth'],
+      'flops': flops(case),
+    }
+    for result in results:
+      same = {'peer': result['peer'], 'machine': where['machine'], **case}
+      kept = [r for r in kept if any(r[k] != v for k, v in same.items())]
+      kept.append(where | result)
+    if out:
+      out.write_text(json.dumps(kept, indent=1))
 
 
 if __name__ == '__main__':

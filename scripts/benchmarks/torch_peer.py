@@ -9,6 +9,8 @@ to the figures that the published implementation printed.
 `attention='sdpa'` is the same with PyTorch's own fused attention, which the
 published implementation does not use: a peer as fast as PyTorch allows.
 """
+# pyright: reportMissingImports=false
+# (of the extra `benchmark`, which nothing else needs)
 
 from collections.abc import Mapping, Sequence
 import itertools
@@ -17,7 +19,7 @@ import math
 import numpy as np
 import torch
 from torch import nn
-import torch.nn.functional as F
+from torch.nn import functional
 
 Size = tuple[int, int, int]
 
@@ -27,7 +29,7 @@ def attend(
 ) -> torch.Tensor:
   """Attention of [..., heads, tokens, channels of a head]."""
   if attention == 'sdpa':
-    return F.scaled_dot_product_attention(q, k, v)
+    return functional.scaled_dot_product_attention(q, k, v)
   scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
   return scores.softmax(-1) @ v
 
@@ -45,7 +47,9 @@ class LocalWindowAttention(nn.Module):
     batch, tokens, channels = x.shape
     (d, h, w), (i, j, k) = grid, self.window
     x = x.view(batch, d // i, i, h // j, j, w // k, k, channels)
-    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(batch, -1, i * j * k, channels)
+    x = x.permute(0, 1, 3, 5, 2, 4, 6, 7).reshape(
+      batch, -1, i * j * k, channels
+    )
     qkv = self.qkv(x).view(*x.shape[:3], 3, self.heads, -1)
     q, k_, v = qkv.permute(3, 0, 1, 4, 2, 5)
     x = attend(q, k_, v, self.attention).transpose(2, 3)
@@ -115,7 +119,7 @@ class Mlp(nn.Module):
     self.fc2 = nn.Linear(4 * channels, channels)
 
   def forward(self, x: torch.Tensor) -> torch.Tensor:
-    return self.fc2(F.gelu(self.fc1(x)))
+    return self.fc2(functional.gelu(self.fc1(x)))
 
 
 class Block(nn.Module):
@@ -195,7 +199,9 @@ class Backbone(nn.Module):
           attn = LocalWindowAttention(channels, heads, window, attention)
         else:
           sizes = fine_sizes[stage], coarse_sizes[stage]
-          attn = GlobalPyramidAttention(channels, heads, grid, *sizes, attention)
+          attn = GlobalPyramidAttention(
+            channels, heads, grid, *sizes, attention
+          )
         blocks.append(Block(attn, channels, next(rates)))
       self.blocks.append(blocks)
       self.pos_block.append(PositionalConvolution(channels))

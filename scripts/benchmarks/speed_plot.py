@@ -1,0 +1,94 @@
+"""Draws what speed.py and its workers measured.
+
+  pip install "dualformer_jax[benchmark]"
+  python scripts/benchmarks/speed_plot.py docs/speed.json docs/speed.png
+  python scripts/benchmarks/speed_plot.py docs/scaling.json docs/scaling.png
+
+Of cases that differ in size alone, time and memory are drawn over tokens;
+otherwise the clips that each program does in a second.
+"""
+# pyright: reportMissingImports=false
+# (of the extra `benchmark`, which nothing else needs)
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import matplotlib
+
+matplotlib.use('agg')
+from matplotlib import pyplot as plt
+
+NAMES = {
+  'jax': 'dualformer_jax',
+  'jax-full': 'full space-time attention',
+  'eager': 'PyTorch, eager',
+  'eager-sdpa': 'PyTorch, eager, SDPA',
+  'compile': 'PyTorch, compiled',
+  'compile-sdpa': 'PyTorch, compiled, SDPA',
+}
+COLORS = dict(zip(NAMES, plt.get_cmap('tab10').colors, strict=False))
+
+
+def tokens(result: dict[str, Any]) -> int:
+  """Returns the tokens of a clip after the first patch embedding."""
+  return result['num_frames'] // 2 * (result['image_size'] // 4) ** 2
+
+
+def draw_speed(results: list[dict[str, Any]]) -> None:
+  """Draws a bar of clips per second for each program, case by case."""
+  cases: dict[str, list[dict[str, Any]]] = {}
+  for result in results:
+    name = '{variant} {pass}\n{dtype}, batch {clips}'.format(**result)
+    cases.setdefault(name, []).append(result)
+  figure, axes = plt.subplots(
+    1, len(cases), figsize=(1.6 * len(cases) + 1, 3.4), squeeze=False
+  )
+  for axis, (name, programs) in zip(axes[0], cases.items(), strict=True):
+    for place, result in enumerate(programs):
+      rate = result.get('clips_per_s', 0)
+      peer = result['peer']
+      bar = axis.bar(place, rate, color=COLORS[peer], label=NAMES[peer])
+      axis.bar_label(bar, [f'{rate:.2f}'], fontsize=8)
+    axis.set_title(name, fontsize=8)
+    axis.set_xticks([])
+    axis.margins(y=0.12)
+    axis.spines[['top', 'right']].set_visible(False)
+  axes[0][0].set_ylabel('clips per second')
+  handles, labels = axes[0][0].get_legend_handles_labels()
+  figure.legend(handles, labels, loc='lower center', ncols=4, fontsize=8)
+  figure.tight_layout(rect=(0, 0.08, 1, 1))
+
+
+def draw_scaling(results: list[dict[str, Any]]) -> None:
+  """Draws time and memory over the tokens of a clip."""
+  figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
+  for peer in dict.fromkeys(result['peer'] for result in results):
+    found = [r for r in results if r['peer'] == peer and 's' in r]
+    found.sort(key=tokens)
+    style = dict(marker='o', color=COLORS[peer], label=NAMES[peer])
+    count = [tokens(result) for result in found]
+    time.plot(count, [r['s'] / r['clips'] for r in found], **style)
+    memory.plot(count, [r['peak_bytes'] / 1e9 for r in found], **style)
+  time.set_ylabel('seconds a clip')
+  memory.set_ylabel('peak memory of the process (GB)')
+  for axis in (time, memory):
+    axis.set(xlabel='tokens of a clip', xscale='log', yscale='log')
+    axis.spines[['top', 'right']].set_visible(False)
+    axis.grid(alpha=0.3)
+  time.legend(fontsize=8)
+  figure.tight_layout()
+
+
+def main() -> None:
+  """Draws the figures in one file into another."""
+  source, target = sys.argv[1:]
+  results = json.loads(pathlib.Path(source).read_text())
+  of_one_size = len({tokens(result) for result in results}) == 1
+  (draw_speed if of_one_size else draw_scaling)(results)
+  plt.savefig(target, dpi=120)
+
+
+if __name__ == '__main__':
+  main()
