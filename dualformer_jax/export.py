@@ -97,13 +97,16 @@ def export(checkpoint: str, out: pathlib.Path, dtype: str) -> dict[str, Any]:
 
   shape = (p.num_frames, p.image_size, p.image_size, 3)
   sizes = ', '.join(map(str, shape))
-  exported = jax_export.export(jax.jit(program), platforms=_PLATFORMS)(
-    jax.ShapeDtypeStruct(
-      jax_export.symbolic_shape(f'videos, views, {sizes}'), jnp.uint8
+  # As for a CPU, whatever is here: kernels of one platform run on no other.
+  cpu = jax.sharding.Mesh(np.array(jax.devices('cpu')[:1]), ('data',))
+  with jax.sharding.use_abstract_mesh(cpu.abstract_mesh):
+    exported = jax_export.export(jax.jit(program), platforms=_PLATFORMS)(
+      jax.ShapeDtypeStruct(
+        jax_export.symbolic_shape(f'videos, views, {sizes}'), jnp.uint8
+      )
     )
-  )
-  views = golden_views(p.num_clips * p.num_crops, *shape)[None]
-  expected = np.asarray(jax.jit(program)(views))
+    views = golden_views(p.num_clips * p.num_crops, *shape)[None]
+    expected = np.asarray(jax.jit(program)(views))
   description = {
     'format': 'dualformer_jax export 1',
     'input': f'uint8 [videos, views, {sizes}], RGB',

@@ -65,6 +65,16 @@ def _folder(tmp_path_factory) -> pathlib.Path:
   return folder
 
 
+def test_where_there_is_a_tpu_it_is_made_for_all_platforms(
+  folder, monkeypatch, tmp_path
+):
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  out = tmp_path / 'model.zip'
+  # With the kernel for TPUs in it, it could not be lowered for CPUs.
+  export.export(str(folder), out, dtype='bfloat16')
+  assert out.exists()
+
+
 def run(
   *flags: object, absent: tuple[str, ...] = ()
 ) -> subprocess.CompletedProcess[str]:
