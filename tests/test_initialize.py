@@ -34,7 +34,8 @@ def describe(**fields: Any) -> checkpoint.Description:
 
 
 def start(source: initialize.Source, description: checkpoint.Description):
-  state = step.init_state(description.build_model(), optax.sgd(0.1), seed=5)
+  model = description.build_model()
+  state = jax.jit(lambda: step.init_state(model, optax.sgd(0.1), seed=5))()
   new, result = initialize.start_from(state, source, description)
   return state, new, result
 
@@ -127,7 +128,9 @@ def test_another_model_is_one_line_that_says_what_differs(tmp_path):
 def test_an_average_is_what_a_checkpoint_gives_and_starts_anew(tmp_path):
   description = describe()
   model = description.build_model()
-  state = step.init_state(model, optax.sgd(0.1), seed=0, with_ema=True)
+  state = jax.jit(
+    lambda: step.init_state(model, optax.sgd(0.1), 0, with_ema=True)
+  )()
   state = dataclasses.replace(
     state, ema_params=jax.tree.map(lambda p: p + 1, state.params)
   )

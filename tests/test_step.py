@@ -164,7 +164,7 @@ def test_three_steps_agree_with_the_published_implementation():
 
 def small_step(accumulation_steps, **fields):
   model = DualFormer(**{**SMALL, **fields})
-  state = step.init_state(model, optax.sgd(1.0), seed=0)
+  state = jax.jit(lambda: step.init_state(model, optax.sgd(1.0), seed=0))()
   rng = np.random.default_rng(0)
   batch = {
     'clips': jnp.asarray(rng.standard_normal((8, 8, 32, 32, 3)), jnp.float32),
@@ -307,13 +307,14 @@ def test_the_average_and_what_is_frozen_over_three_steps():
   model = DualFormer(**{**SMALL, 'coarse_sizes': ((2, 2, 2), None)})
   frozen = r'backbone/(patch_embeds|blocks)_0.*'
   optimizer = optimizers.make_optimizer(
-    step.init_state(model, optax.identity(), 0).params,
+    jax.jit(lambda: step.init_state(model, optax.identity(), 0))().params,
     0.01,
     0.1,
     common['get_config']().optimizer.multipliers,
     frozen=frozen,
   )
-  state = first = step.init_state(model, optimizer, seed=0, with_ema=True)
+  init = jax.jit(lambda: step.init_state(model, optimizer, 0, with_ema=True))
+  state = first = init()
   rng = np.random.default_rng(0)
   batch = {
     'clips': jnp.asarray(rng.standard_normal((4, 8, 32, 32, 3)), jnp.float32),

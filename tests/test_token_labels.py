@@ -94,7 +94,7 @@ def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
     seed=0,
     **({'token_targets': ask, 'augment': normal} | options),
   )
-  return train_step, step.init_state(student, optimizer, seed=1)
+  return train_step, jax.jit(lambda: step.init_state(student, optimizer, 1))()
 
 
 def batch_of(frames: int = 16, rows: int = 2) -> dict[str, np.ndarray]:
@@ -109,7 +109,8 @@ def test_the_teacher_stays_as_it_is_and_costs_no_gradient():
   # Wide, so that gradients or kept activations would show in the memory.
   wide = {**ONE_BLOCK, 'embed_dims': (512,), 'remat': 'none'}
   teacher, student = DualFormer(**wide), DualFormer(**ONE_BLOCK, **HEAD)
-  variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
+  init = jax.jit(lambda: step.init_state(teacher, optax.sgd(0.1), seed=2))
+  variables = init().variables()
   train_step, state = make_step(teacher, student)
   compiled = jax.jit(train_step).lower(state, batch_of(), variables).compile()
   before = jax.tree.map(np.array, variables)
@@ -144,7 +145,8 @@ def test_the_teacher_stays_as_it_is_and_costs_no_gradient():
 def test_a_teacher_of_more_frames_sees_all_and_the_student_every_second():
   teacher = DualFormer(**ONE_BLOCK)
   student = DualFormer(**{**ONE_BLOCK, 'num_frames': 8}, **HEAD)
-  variables = step.init_state(teacher, optax.sgd(0.1), seed=2).variables()
+  init = jax.jit(lambda: step.init_state(teacher, optax.sgd(0.1), seed=2))
+  variables = init().variables()
   train_step, state = make_step(teacher, student)
   batch = batch_of()
   new, values = jax.jit(train_step)(state, batch, variables)
