@@ -69,13 +69,7 @@ class Linear(nn.Module):
     shape = (*(self.inputs or x.shape[-1:]), *features)
     kernel = self.param('kernel', nn.initializers.normal(self.std), shape)
     bias = self.param('bias', nn.initializers.zeros, features)
-    dtype = jnp.dtype(self.dtype)
-    x = jnp.dot(
-      x.astype(dtype),
-      kernel.reshape(x.shape[-1], -1).astype(dtype),
-      precision=matmul_precision(self.dtype),
-    )
-    return x + bias.reshape(-1).astype(dtype)
+    return _linear(x, kernel, bias, self.dtype)
 
 
 class Projections(nn.Module):
@@ -96,16 +90,21 @@ class Projections(nn.Module):
     shape = (x.shape[-1], *self.features)
     kernel = self.param('kernel', nn.initializers.normal(0.02), shape)
     bias = self.param('bias', nn.initializers.zeros, tuple(self.features))
-    dtype = jnp.dtype(self.dtype)
-    results = []
-    for index in range(self.features[0]):
-      y = jnp.dot(
-        x.astype(dtype),
-        kernel[:, index].reshape(x.shape[-1], -1).astype(dtype),
-        precision=matmul_precision(self.dtype),
-      )
-      results.append(y + bias[index].reshape(-1).astype(dtype))
-    return results
+    return [
+      _linear(x, kernel[:, index], bias[index], self.dtype)
+      for index in range(self.features[0])
+    ]
+
+
+def _linear(
+  x: Float[Array, '... i'], kernel: Array, bias: Array, dtype: str
+) -> Float[Array, '... o']:
+  """Returns x kernel + bias; axes of inputs, and of outputs, are one each."""
+  kernel, bias = kernel.reshape(x.shape[-1], -1), bias.reshape(-1)
+  y = jnp.dot(
+    x.astype(dtype), kernel.astype(dtype), precision=matmul_precision(dtype)
+  )
+  return y + bias.astype(dtype)
 
 
 def _conv_init(fan_in: int):
@@ -150,13 +149,7 @@ class PatchProjection(nn.Module):
     init = _conv_init(math.prod(x.shape[4:]))
     kernel = self.param('kernel', init, (*x.shape[4:], self.features))
     bias = self.param('bias', init, (self.features,))
-    dtype = jnp.dtype(self.dtype)
-    x = jnp.dot(
-      x.reshape(*x.shape[:4], -1).astype(dtype),
-      kernel.reshape(-1, self.features).astype(dtype),
-      precision=matmul_precision(self.dtype),
-    )
-    return x + bias.astype(dtype)
+    return _linear(x.reshape(*x.shape[:4], -1), kernel, bias, self.dtype)
 
 
 class DepthwisePooling(nn.Module):

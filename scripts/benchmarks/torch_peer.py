@@ -271,12 +271,10 @@ class DualFormer(nn.Module):
     return self.cls_head(self.backbone(x))
 
 
-# Parameter groups of the published recipe: multipliers of the learning rate
-# and of the weight decay.
 def optimizer_of(
   model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-  """AdamW with the published recipe's multipliers for each parameter."""
+  """AdamW with the published recipe's rates and decays for each parameter."""
 
   def multipliers(name: str) -> tuple[float, float]:
     if 'pos_block' in name:
