@@ -109,8 +109,8 @@ def five_steps() -> None:
     embed_dims=(32, 64),
     num_heads=(2, 4),
     num_classes=10,
-    num_frames=16,
-    image_size=64,
+    num_frames=8,
+    image_size=32,
     fine_sizes=((4, 4, 4), (4, 4, 4)),
     coarse_sizes=((2, 2, 2), None),
     drop_path_rate=0.3,
@@ -142,7 +142,7 @@ def five_steps() -> None:
   )
   batches = [
     {
-      'clips': rng.integers(0, 256, (8, 16, 64, 64, 3), np.uint8),
+      'clips': rng.integers(0, 256, (8, 8, 32, 32, 3), np.uint8),
       'labels': rng.integers(0, 10, 8).astype(np.int32),
     }
     for _ in range(5)
