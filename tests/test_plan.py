@@ -12,6 +12,8 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from dualformer_jax.models.dualformer import DualFormer
@@ -105,6 +107,61 @@ def test_axes_of_a_mesh_may_split_those_of_a_slice(monkeypatch):
     )
     assert dict(mesh.shape) == {'data': data, 'fsdp': 2, 'tensor': 2}
     assert set(mesh.devices.flat) == set(target.devices)
+
+
+@pytest.mark.parametrize('as_training_does', [False, True])
+def test_weights_are_gathered_before_they_are_used(
+  monkeypatch, as_training_does
+):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu is not installed: NO GATHER OF TPUS WAS TESTED')
+  monkeypatch.setenv('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
+  monkeypatch.setenv('TPU_SKIP_MDS_QUERY', '1')
+  mesh = sharding.make_mesh(
+    {'data': 1, 'fsdp': -1, 'tensor': 1},
+    16,
+    devices=planning.tpu('v5e:4x4').devices,
+  )
+  tokens, channels, hidden = 16 * 4096, 512, 2048
+  spread = {'kernel': jax.NamedSharding(mesh, jax.P(None, 'fsdp'))}
+
+  def loss(params, x):
+    kernel = sharding.gather_for_use(mesh)(params)['kernel']
+    return jnp.sum(jnp.square(x @ kernel.astype(x.dtype)), dtype=jnp.float32)
+
+  with jax.set_mesh(mesh):
+    compiled = (
+      jax.jit(
+        jax.grad(loss),
+        out_shardings=spread,
+        compiler_options=(
+          sharding.compiler_options(mesh) if as_training_does else {}
+        ),
+      )
+      .lower(
+        {
+          'kernel': jax.ShapeDtypeStruct(
+            (channels, hidden), jnp.float32, sharding=spread['kernel']
+          )
+        },
+        jax.ShapeDtypeStruct(
+          (tokens, channels),
+          jnp.bfloat16,
+          sharding=jax.NamedSharding(mesh, sharding.BATCH),
+        ),
+      )
+      .compile()
+    )
+  work = program.read(compiled.as_text(), mesh)
+  kinds = {collective.kind for collective in work.collectives}
+  # Forward, and the gradient of the kernel alone.
+  flops = 2 * 2 * tokens // 16 * channels * hidden
+  if as_training_does:
+    assert kinds == {'all-gather', 'all-reduce'}
+    assert work.flops == flops
+  else:  # what the compiler would do; if not any more, no option is needed
+    assert 'collective-permute' in kinds
+    assert work.flops > 1.2 * flops
 
 
 @pytest.mark.parametrize(

@@ -742,6 +742,7 @@ def make_train_step(
       accumulation_steps=config.accumulation_steps,
     ),
     donate_argnums=0,
+    compiler_options=sharding.compiler_options(mesh),
     out_shardings=(
       state_shardings,
       jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
@@ -766,6 +767,7 @@ def make_eval_step(
       ),
       gather=sharding.gather_for_use(mesh),
     ),
+    compiler_options=sharding.compiler_options(mesh),
     out_shardings=jax.sharding.NamedSharding(
       mesh, jax.sharding.PartitionSpec()
     ),
