@@ -80,10 +80,13 @@ def main() -> None:
       planning.CHIPS[_CHIP.value], count, _MEMORY.value * 1e9
     )
   config = _CONFIG.value
-  if config.model.token_label:
-    config.model.token_label = False
-    _LOG.warning('planned without token labels: no teacher, no head for tokens')
   videos, source = _count_videos(config)
+  labels = config.token_labels
+  if config.model.token_label and not (labels.teacher or labels.stored):
+    _LOG.info(
+      'planned with a DualFormer-B as teacher; --config.token_labels.teacher '
+      'names another, --config.token_labels.stored plans without'
+    )
   if _SEARCH.value:
     plan = planning.search(config, target, _COMPILES.value, _EFFORT.value)
   else:

@@ -152,7 +152,7 @@ def test_weights_are_gathered_before_they_are_used(
       )
       .compile()
     )
-  work = program.read(compiled.as_text(), mesh)
+  work = program.read(compiled.as_text() or '', mesh)
   kinds = {collective.kind for collective in work.collectives}
   # Forward, and the gradient of the kernel alone.
   flops = 2 * 2 * tokens // 16 * channels * hidden
@@ -214,6 +214,22 @@ def test_products_of_training_are_counted_as_by_hand(remat, anew):
     + (3.5 + anew) * attention
     + 3 * head
   )
+
+
+@pytest.mark.parametrize('stored', ['', '/stored'])
+def test_token_labels_are_planned_for(stored):
+  """By a device of the CPU, which compiles a teacher of published size soon."""
+  plan = report(
+    '--devices=1',
+    '--nosearch',
+    '--config.model.token_label=True',
+    '--config.batch_size=2',
+    f'--config.token_labels.stored={stored}',
+  )
+  assert plan['flops'] == pytest.approx(plan['analytic_flops'], rel=0.05)
+  assert plan['unexpected'] == []
+  # A DualFormer-B has more to do than the tiny model, if it is asked.
+  assert (plan['analytic_flops'] < 1e10) == bool(stored)
 
 
 @pytest.mark.parametrize(

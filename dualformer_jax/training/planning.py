@@ -21,9 +21,15 @@ from jax.experimental import topologies
 import numpy as np
 
 from dualformer_jax.errors import UserError
-from dualformer_jax.models import complexity
+from dualformer_jax.models import complexity, explain, variants
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import loop, program, sharding
+from dualformer_jax.training import (
+  checkpoint,
+  loop,
+  program,
+  sharding,
+  token_labels,
+)
 from dualformer_jax.training import step as steps
 
 _LOG = logging.getLogger(__name__)
@@ -260,26 +266,26 @@ def compile_step(
   optimizer, _ = loop.make_optimizer(config, model, steps_per_epoch=1000)
   abstract_state = _abstract_state(config, model, optimizer)
   shardings = sharding.tree_shardings(abstract_state, mesh)
+  asked = _teacher_model(config, model)
+  teacher = _teacher(config, model, asked)
   train_step: Any = loop.make_train_step(
-    config, model, optimizer, shardings, mesh
+    config, model, optimizer, shardings, mesh, teacher
   )
-  state = jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
-    abstract_state,
-    shardings,
-  )
+  state = _placed(abstract_state, mesh)
   held = sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(state)
   )
-  analytic = config.batch_size / mesh.size * matrix_flops(model)
+  analytic = config.batch_size / mesh.size * matrix_flops(model, asked)
   options = None
   if effort is not None and target.is_exact:
     options = {'exec_time_optimization_effort': effort}
   with jax.set_mesh(mesh):
-    lowered = train_step.lower(state, _batch(config, model, mesh))
+    lowered = train_step.lower(
+      state,
+      _batch(config, model, mesh, asked),
+      _placed(teacher.variables, mesh) if teacher else None,
+    )
     try:
       compiled = lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
@@ -297,7 +303,9 @@ def compile_step(
     + m.generated_code_size_in_bytes
   )
   work = program.read(compiled.as_text(), mesh)
-  sizes = _parameter_sizes(abstract_state.params, mesh)
+  sizes = _parameter_sizes(
+    (abstract_state.params, teacher.variables if teacher else None), mesh
+  )
   return Plan(
     settings,
     memory,
@@ -394,20 +402,21 @@ def search(
   return best
 
 
-def matrix_flops(model: DualFormer) -> float:
+def matrix_flops(model: DualFormer, teacher: DualFormer | None = None) -> float:
   """Returns the operations of all matrix products in training on one clip.
 
   Two for each multiply-add. Training does each product once forward and twice
   backward; but the first layer needs no gradient of its input, and attention
   makes its scores anew, whatever model.remat says. With remat='block' all of a
-  block is made anew, but for its last product, which nothing needs.
+  block is made anew, but for its last product, which nothing needs. A teacher
+  that scores the tokens of the clip does each product once.
   """
   total = 0.0
   for row in complexity.count(model):
     *parents, name = ('', *row.module.split('/'))
     if name == 'attn':
       times, anew = 3.5, 1
-    elif name in ('qkv', 'q', 'kv', 'proj', 'fc1', 'fc2', 'fc_cls'):
+    elif _is_linear(name):
       times, anew = 3.0, int(name != 'fc2')
     else:
       continue  # sums of products of another kind, and norms
@@ -416,7 +425,85 @@ def matrix_flops(model: DualFormer) -> float:
     if model.remat == 'block' and 'blocks_' in row.module:
       times += anew
     total += 2 * row.multiply_adds * times
+  if teacher is not None:
+    tokens = math.prod(explain.token_grid(teacher, len(teacher.depths) - 1))
+    for row in complexity.count(teacher):
+      name = row.module.split('/')[-1]
+      if name == 'attn' or _is_linear(name):
+        scored = tokens if name == 'fc_cls' else 1  # and the clip, which is not
+        total += 2 * row.multiply_adds * scored
   return total
+
+
+def _is_linear(layer: str) -> bool:
+  linear = ('qkv', 'q', 'kv', 'proj', 'fc1', 'fc2', 'fc_cls')
+  return layer in linear or layer.startswith('token_linear')
+
+
+def _teacher_model(config: loop.Config, model: DualFormer) -> DualFormer | None:
+  """Returns the model that labels tokens in each step, if one does.
+
+  That of the checkpoint which the config names; without one, a base of as many
+  frames, as published.
+  """
+  options = config.token_labels
+  if not model.token_label or options.stored:
+    return None
+  if options.teacher:
+    folder = checkpoint.find(options.teacher)
+    description = checkpoint.read_description(folder)
+    return description.build_model(dtype=options.dtype)
+  fields: dict[str, Any] = dict(
+    variants.BASE,
+    num_classes=model.num_classes,
+    num_frames=model.num_frames,
+    image_size=model.image_size,
+    dtype=options.dtype,
+  )
+  return DualFormer(**fields)
+
+
+def _teacher(
+  config: loop.Config, model: DualFormer, asked: DualFormer | None
+) -> token_labels.Teacher | None:
+  """Returns what labels tokens, with shapes for variables."""
+  if not model.token_label:
+    return None
+  options = config.token_labels
+  top = options.top if options.top > 0 else model.num_classes
+  frames, *grid = explain.token_grid(model, len(model.depths) - 1)
+  if asked is None:
+    targets = functools.partial(
+      token_labels.stored_labels,
+      grid=(grid[0], grid[1]),
+      num_classes=model.num_classes,
+      top=top,
+      flip=config.dataset.flip,
+    )
+    return token_labels.Teacher(targets, model.num_frames)
+  targets = functools.partial(
+    token_labels.ask_teacher,
+    model=asked,
+    frames=frames,
+    top=top,
+    rescale=((1.0,) * 3, (0.0,) * 3),
+  )
+  return token_labels.Teacher(
+    targets,
+    max(asked.num_frames, model.num_frames),
+    checkpoint.variable_shapes(asked, 'the teacher'),
+  )
+
+
+def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Returns shapes with the shardings that arrays of a model have."""
+  return jax.tree.map(
+    lambda leaf, where: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=where
+    ),
+    tree,
+    sharding.tree_shardings(tree, mesh),
+  )
 
 
 def _mesh(config: loop.Config, target: Target) -> jax.sharding.Mesh:
@@ -434,17 +521,23 @@ def _abstract_state(config: loop.Config, model: DualFormer, optimizer: Any):
 
 
 def _batch(
-  config: loop.Config, model: DualFormer, mesh: jax.sharding.Mesh
+  config: loop.Config,
+  model: DualFormer,
+  mesh: jax.sharding.Mesh,
+  asked: DualFormer | None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns what stands for a batch as the loader makes it."""
   where = jax.NamedSharding(mesh, sharding.BATCH)
   size, ops = config.batch_size, config.augment.rand_augment_ops
+  shape = model.input_shape()[1:]
+  if asked is not None:
+    shape = (max(asked.num_frames, model.num_frames), *shape[1:])
 
   def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size, *shape), np.dtype(dtype), sharding=where)
 
   batch = {
-    'clips': array(model.input_shape()[1:], 'uint8'),
+    'clips': array(shape, 'uint8'),
     'labels': array((), 'int32'),
   }
   if config.dataset.multi_label:
@@ -452,6 +545,13 @@ def _batch(
   if ops:
     batch['color_ops'] = array((ops,), 'int32')
     batch['magnitudes'] = array((ops,), 'float32')
+  if model.token_label and asked is None:
+    # As for stored labels of as many tokens as the model has.
+    grid = explain.token_grid(model, len(model.depths) - 1)
+    top = config.token_labels.top or model.num_classes
+    batch['token_values'] = array((*grid, top), 'float32')
+    batch['token_classes'] = array((*grid, top), 'int32')
+    batch['token_boxes'] = array((4,), 'float32')
   return batch
 
 

@@ -38,13 +38,13 @@ OUT = flags.DEFINE_string(
 SEEDS = flags.DEFINE_list('seeds', '0,1,2', 'Of the runs.')
 
 ENOUGH = 0.95
-EPOCHS = 16
+EPOCHS = 32
 # What is changed in the scene from frame to frame, and what the renderer does.
 CLASSES = [
   *itertools.product(('up', 'down'), ('left', 'right')),
   *itertools.product(('grow', 'shrink'), ('clockwise', 'counter_clockwise')),
 ]
-VIDEOS = {'train': 2048, 'validation': 256}
+VIDEOS = {'train': 1024, 'validation': 256}
 
 
 def render(folder: pathlib.Path) -> None:
