@@ -4,8 +4,8 @@
   python scripts/benchmarks/speed_plot.py docs/speed.json docs/speed.png
   python scripts/benchmarks/speed_plot.py docs/scaling.json docs/scaling.png
 
-Of cases that differ in size alone, time and memory are drawn over tokens;
-otherwise the clips that each program does in a second.
+Of cases that differ in size, time and memory are drawn over tokens and over
+clips; otherwise the clips that each program does in a second.
 """
 # pyright: reportMissingImports=false
 # (of the extra `benchmark`, which nothing else needs)
@@ -62,22 +62,32 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
 
 
 def draw_scaling(results: list[dict[str, Any]]) -> None:
-  """Draws time and memory over the tokens of a clip."""
-  figure, (time, memory) = plt.subplots(1, 2, figsize=(9, 3.6))
-  for peer in dict.fromkeys(result['peer'] for result in results):
-    found = [r for r in results if r['peer'] == peer and 's' in r]
-    found.sort(key=tokens)
-    style = dict(marker='o', color=COLORS[peer], label=NAMES[peer])
-    count = [tokens(result) for result in found]
-    time.plot(count, [r['s'] / r['clips'] for r in found], **style)
-    memory.plot(count, [r['peak_bytes'] / 1e9 for r in found], **style)
-  time.set_ylabel('seconds a clip')
-  memory.set_ylabel('peak memory of the process (GB)')
-  for axis in (time, memory):
-    axis.set(xlabel='tokens of a clip', xscale='log', yscale='log')
+  """Draws time and memory over the tokens of a clip, and over clips."""
+  figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey='row')
+  done = [result for result in results if 's' in result]
+  single = [result for result in done if result['clips'] == 1]
+  usual = [r for r in done if (r['num_frames'], r['image_size']) == (32, 224)]
+  for column, (some, count, label) in enumerate(
+    (
+      (single, tokens, 'tokens of a clip'),
+      (usual, lambda r: r['clips'], 'clips of 32 x 224 x 224 in a batch'),
+    )
+  ):
+    for peer in dict.fromkeys(result['peer'] for result in some):
+      found = sorted((r for r in some if r['peer'] == peer), key=count)
+      style = dict(marker='o', color=COLORS[peer], label=NAMES[peer])
+      at = [count(result) for result in found]
+      time, memory = axes[:, column]
+      time.plot(at, [r['s'] for r in found], **style)
+      memory.plot(at, [r['peak_bytes'] / 1e9 for r in found], **style)
+    axes[1, column].set_xlabel(label)
+  for axis in axes.flat:
+    axis.set(xscale='log', yscale='log')
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.3)
-  time.legend(fontsize=8)
+  axes[0, 0].set_ylabel('seconds a batch')
+  axes[1, 0].set_ylabel('peak memory of the process (GB)')
+  axes[0, 0].legend(fontsize=8)
   figure.tight_layout()
 
 
