@@ -22,6 +22,7 @@ from dualformer_jax.input_pipeline import loader, records, stored_labels
 from dualformer_jax.input_pipeline.views import Preprocessing
 from dualformer_jax.models import complexity, explain
 from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.models.layers import platform
 from dualformer_jax.training import (
   augment,
   checkpoint,
@@ -136,7 +137,13 @@ def train_and_test(
     clips.set_state(saved.data_position)
     _LOG.info('resumed %s', newest)
   else:
-    state = jax.jit(init, out_shardings=state_shardings)()
+    # It runs once, and takes longer to compile than to run.
+    quickly = {'xla_backend_optimization_level': '1'}
+    state = jax.jit(
+      init,
+      out_shardings=state_shardings,
+      compiler_options=quickly if platform() == 'cpu' else None,
+    )()
     if source is not None:
       state, transferred = initialize.start_from(state, source, description)
       _LOG.info(

@@ -28,6 +28,7 @@ NAMES = {
   'compile': 'PyTorch, compiled',
   'compile-sdpa': 'PyTorch, compiled, SDPA',
 }
+MARKERS = {112: 'v', 224: 'o', 448: '^'}
 COLORS = dict(zip(NAMES, plt.get_cmap('tab10').colors, strict=False))
 
 
@@ -73,9 +74,17 @@ def draw_scaling(results: list[dict[str, Any]]) -> None:
       (usual, lambda r: r['clips'], 'clips of 32 x 224 x 224 in a batch'),
     )
   ):
-    for peer in dict.fromkeys(result['peer'] for result in some):
-      found = sorted((r for r in some if r['peer'] == peer), key=count)
-      style = dict(marker='o', color=COLORS[peer], label=NAMES[peer])
+    lines = dict.fromkeys((r['peer'], r['image_size']) for r in some)
+    for peer, pixels in lines:
+      found = sorted(
+        (r for r in some if (r['peer'], r['image_size']) == (peer, pixels)),
+        key=count,
+      )
+      style = dict(
+        marker=MARKERS.get(pixels, 'x'),
+        color=COLORS[peer],
+        label=f'{NAMES[peer]}, {pixels} pixels',
+      )
       at = [count(result) for result in found]
       time, memory = axes[:, column]
       time.plot(at, [r['s'] for r in found], **style)
