@@ -15,7 +15,7 @@ if __name__ == '__main__':
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['XLA_FLAGS'] = (
     '--xla_force_host_platform_device_count=8 '
-    '--xla_backend_optimization_level=0'
+    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
   )
 
 import jax

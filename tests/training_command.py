@@ -13,7 +13,9 @@ from typing import Any
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # Compiles in half of the time; at 0, steps would take longer than it saves.
-UNOPTIMIZED = '--xla_backend_optimization_level=1'
+UNOPTIMIZED = (
+  '--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false'
+)
 # configs/motion.py with little to compute: one stage with both kinds of
 # attention, and a coarse level with its BatchNorm.
 TINY = (

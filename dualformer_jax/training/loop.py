@@ -617,6 +617,32 @@ def make_teacher(
       f'{len(data.class_names)} ({_start(data.class_names)}); expected the '
       'same in the same order'
     )
+  clip_frames = check_teacher(config, model, teacher)
+  own = make_preprocessing(config)
+  p = description.preprocessing
+  rescale = (
+    np.divide(own.pixel_std, p.pixel_std).tolist(),
+    (np.subtract(own.pixel_mean, p.pixel_mean) / p.pixel_std).tolist(),
+  )
+  targets = functools.partial(
+    token_labels.ask_teacher,
+    model=teacher,
+    frames=frames,
+    top=top,
+    rescale=rescale,
+  )
+  return token_labels.Teacher(targets, clip_frames, variables)
+
+
+def check_teacher(
+  config: Config, model: DualFormer, teacher: DualFormer
+) -> int:
+  """Returns how many frames clips are to have for both to see them.
+
+  Raises:
+    UserError: the teacher's tokens are not where the model's are.
+  """
+  _, *grid = explain.token_grid(model, len(model.depths) - 1)
   _, *teacher_grid = explain.token_grid(teacher, len(teacher.depths) - 1)
   most = max(teacher.num_frames, model.num_frames)
   span = config.dataset.frame_interval * model.num_frames
@@ -635,20 +661,7 @@ def make_teacher(
       f'{grid}; expected the same size and grid, and frames of which the one '
       'number divides the other'
     )
-  own = make_preprocessing(config)
-  p = description.preprocessing
-  rescale = (
-    np.divide(own.pixel_std, p.pixel_std).tolist(),
-    (np.subtract(own.pixel_mean, p.pixel_mean) / p.pixel_std).tolist(),
-  )
-  targets = functools.partial(
-    token_labels.ask_teacher,
-    model=teacher,
-    frames=frames,
-    top=top,
-    rescale=rescale,
-  )
-  return token_labels.Teacher(targets, most, variables)
+  return most
 
 
 def make_train_loader(

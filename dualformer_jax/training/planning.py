@@ -283,7 +283,7 @@ def compile_step(
   with jax.set_mesh(mesh):
     lowered = train_step.lower(
       state,
-      _batch(config, model, mesh, asked),
+      _batch(config, model, mesh, teacher),
       _placed(teacher.variables, mesh) if teacher else None,
     )
     try:
@@ -490,7 +490,7 @@ def _teacher(
   )
   return token_labels.Teacher(
     targets,
-    max(asked.num_frames, model.num_frames),
+    loop.check_teacher(config, model, asked),
     checkpoint.variable_shapes(asked, 'the teacher'),
   )
 
@@ -524,14 +524,14 @@ def _batch(
   config: loop.Config,
   model: DualFormer,
   mesh: jax.sharding.Mesh,
-  asked: DualFormer | None,
+  teacher: token_labels.Teacher | None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Returns what stands for a batch as the loader makes it."""
   where = jax.NamedSharding(mesh, sharding.BATCH)
   size, ops = config.batch_size, config.augment.rand_augment_ops
   shape = model.input_shape()[1:]
-  if asked is not None:
-    shape = (max(asked.num_frames, model.num_frames), *shape[1:])
+  if teacher is not None:
+    shape = (teacher.clip_frames, *shape[1:])
 
   def array(shape: tuple[int, ...], dtype: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size, *shape), np.dtype(dtype), sharding=where)
@@ -545,7 +545,7 @@ def _batch(
   if ops:
     batch['color_ops'] = array((ops,), 'int32')
     batch['magnitudes'] = array((ops,), 'float32')
-  if model.token_label and asked is None:
+  if teacher is not None and teacher.variables is None:
     # As for stored labels of as many tokens as the model has.
     grid = explain.token_grid(model, len(model.depths) - 1)
     top = config.token_labels.top or model.num_classes
