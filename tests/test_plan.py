@@ -172,6 +172,14 @@ def test_weights_are_gathered_before_they_are_used(
     (('--topology=v9:2x2', '--videos=9', *MODEL), 'expected v4, v5e'),
     (('--devices=2', *MODEL), '--videos'),
     (
+      # A DualFormer-B has fewer tokens than a model of one stage.
+      (
+        *('--devices=1', '--nosearch', '--videos=9', *MODEL),
+        '--config.model.token_label=True',
+      ),
+      'expected the same size and grid',
+    ),
+    (
       ('--devices=2', '--videos=9', '--config.model.num_classes=0'),
       '--config.model.num_classes',
     ),
@@ -219,13 +227,24 @@ def test_products_of_training_are_counted_as_by_hand(remat, anew):
 @pytest.mark.parametrize('stored', ['', '/stored'])
 def test_token_labels_are_planned_for(stored):
   """By a device of the CPU, which compiles a teacher of published size soon."""
-  plan = report(
+  done = run(
     '--devices=1',
     '--nosearch',
+    '--videos=100',
+    '--json',
+    '--config.model.num_classes=8',
     '--config.model.token_label=True',
+    # As many stages as its teacher, and so as many tokens.
+    '--config.model.depths=(2, 1, 1, 1)',
+    '--config.model.embed_dims=(16, 16, 16, 16)',
+    '--config.model.num_heads=(2, 2, 2, 2)',
+    '--config.model.fine_sizes=((8, 4, 4), (8, 4, 4), (8, 2, 2), (8, 1, 1))',
+    '--config.model.coarse_sizes=((4, 2, 2), None, None, None)',
     '--config.batch_size=2',
     f'--config.token_labels.stored={stored}',
   )
+  assert done.returncode == 0, done.stderr
+  plan = json.loads(done.stdout)
   assert plan['flops'] == pytest.approx(plan['analytic_flops'], rel=0.05)
   assert plan['unexpected'] == []
   # A DualFormer-B has more to do than the tiny model, if it is asked.

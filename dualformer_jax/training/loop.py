@@ -654,8 +654,8 @@ def check_teacher(
     or (config.dataset.sampling == 'dense' and span % most)
   ):
     raise UserError(
-      f'config.token_labels.teacher={options.teacher} takes clips of '
-      f'{teacher.num_frames} frames of {teacher.image_size} pixels and has '
+      f'config.token_labels.teacher={config.token_labels.teacher} takes clips '
+      f'of {teacher.num_frames} frames of {teacher.image_size} pixels and has '
       f'{teacher_grid} tokens a frame, the model {model.num_frames} of '
       f'{model.image_size}, every {config.dataset.frame_interval} frames, and '
       f'{grid}; expected the same size and grid, and frames of which the one '
