@@ -1,6 +1,6 @@
 """Training from start to end, in one function to be read from top to bottom."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import datetime
 import functools
@@ -587,8 +587,6 @@ def make_teacher(
   if not config.model.token_label:
     return None
   model = make_model(config, data)
-  top = options.top if options.top > 0 else model.num_classes
-  frames, *grid = explain.token_grid(model, len(model.depths) - 1)
   if options.stored:
     switches = config.augment
     if switches.rand_augment_ops or switches.mixup or switches.cutmix:
@@ -597,15 +595,8 @@ def make_teacher(
         ' that stored token labels cannot follow; set them to 0, or '
         'config.token_labels.teacher instead of stored'
       )
-    targets = functools.partial(
-      token_labels.stored_labels,
-      grid=(grid[0], grid[1]),
-      num_classes=model.num_classes,
-      top=top,
-      flip=config.dataset.flip,
-    )
     stored = stored_labels.StoredLabels(options.stored, data)
-    return token_labels.Teacher(targets, model.num_frames, stored=stored)
+    return teacher_as_stored(config, model, stored)
 
   variables, description = checkpoint.load_model(options.teacher)
   teacher = description.build_model(dtype=options.dtype)
@@ -617,32 +608,64 @@ def make_teacher(
       f'{len(data.class_names)} ({_start(data.class_names)}); expected the '
       'same in the same order'
     )
-  clip_frames = check_teacher(config, model, teacher)
   own = make_preprocessing(config)
   p = description.preprocessing
   rescale = (
     np.divide(own.pixel_std, p.pixel_std).tolist(),
     (np.subtract(own.pixel_mean, p.pixel_mean) / p.pixel_std).tolist(),
   )
+  return teacher_to_ask(config, model, teacher, variables, rescale)
+
+
+def num_token_scores(config: Config, model: DualFormer) -> int:
+  """Returns how many scores of a token are kept."""
+  top = config.token_labels.top
+  return top if top > 0 else model.num_classes
+
+
+def teacher_as_stored(
+  config: Config,
+  model: DualFormer,
+  stored: stored_labels.StoredLabels | None = None,
+) -> token_labels.Teacher:
+  """Returns what labels tokens as was stored of a teacher.
+
+  Args:
+    config: of the run.
+    model: the student.
+    stored: the labels; None to compile for such, without any at hand.
+  """
+  _, *grid = explain.token_grid(model, len(model.depths) - 1)
   targets = functools.partial(
-    token_labels.ask_teacher,
-    model=teacher,
-    frames=frames,
-    top=top,
-    rescale=rescale,
+    token_labels.stored_labels,
+    grid=(grid[0], grid[1]),
+    num_classes=model.num_classes,
+    top=num_token_scores(config, model),
+    flip=config.dataset.flip,
   )
-  return token_labels.Teacher(targets, clip_frames, variables)
+  return token_labels.Teacher(targets, model.num_frames, stored=stored)
 
 
-def check_teacher(
-  config: Config, model: DualFormer, teacher: DualFormer
-) -> int:
-  """Returns how many frames clips are to have for both to see them.
+def teacher_to_ask(
+  config: Config,
+  model: DualFormer,
+  teacher: DualFormer,
+  variables: Any,
+  rescale: tuple[Sequence[float], Sequence[float]],
+) -> token_labels.Teacher:
+  """Returns what labels tokens by a model that is asked in each step.
+
+  Args:
+    config: of the run.
+    model: the student.
+    teacher: the model that is asked.
+    variables: its parameters and statistics, or their shapes.
+    rescale: as of token_labels.ask_teacher.
 
   Raises:
     UserError: the teacher's tokens are not where the model's are.
   """
-  _, *grid = explain.token_grid(model, len(model.depths) - 1)
+  frames, *grid = explain.token_grid(model, len(model.depths) - 1)
   _, *teacher_grid = explain.token_grid(teacher, len(teacher.depths) - 1)
   most = max(teacher.num_frames, model.num_frames)
   span = config.dataset.frame_interval * model.num_frames
@@ -661,7 +684,14 @@ def check_teacher(
       f'{grid}; expected the same size and grid, and frames of which the one '
       'number divides the other'
     )
-  return most
+  targets = functools.partial(
+    token_labels.ask_teacher,
+    model=teacher,
+    frames=frames,
+    top=num_token_scores(config, model),
+    rescale=rescale,
+  )
+  return token_labels.Teacher(targets, most, variables)
 
 
 def make_train_loader(

@@ -469,30 +469,11 @@ def _teacher(
   """Returns what labels tokens, with shapes for variables."""
   if not model.token_label:
     return None
-  options = config.token_labels
-  top = options.top if options.top > 0 else model.num_classes
-  frames, *grid = explain.token_grid(model, len(model.depths) - 1)
   if asked is None:
-    targets = functools.partial(
-      token_labels.stored_labels,
-      grid=(grid[0], grid[1]),
-      num_classes=model.num_classes,
-      top=top,
-      flip=config.dataset.flip,
-    )
-    return token_labels.Teacher(targets, model.num_frames)
-  targets = functools.partial(
-    token_labels.ask_teacher,
-    model=asked,
-    frames=frames,
-    top=top,
-    rescale=((1.0,) * 3, (0.0,) * 3),
-  )
-  return token_labels.Teacher(
-    targets,
-    loop.check_teacher(config, model, asked),
-    checkpoint.variable_shapes(asked, 'the teacher'),
-  )
+    return loop.teacher_as_stored(config, model)
+  variables = checkpoint.variable_shapes(asked, 'the teacher')
+  rescale = (1.0,) * 3, (0.0,) * 3
+  return loop.teacher_to_ask(config, model, asked, variables, rescale)
 
 
 def _placed(tree: Any, mesh: jax.sharding.Mesh) -> Any:
@@ -548,7 +529,7 @@ def _batch(
   if teacher is not None and teacher.variables is None:
     # As for stored labels of as many tokens as the model has.
     grid = explain.token_grid(model, len(model.depths) - 1)
-    top = config.token_labels.top or model.num_classes
+    top = loop.num_token_scores(config, model)
     batch['token_values'] = array((*grid, top), 'float32')
     batch['token_classes'] = array((*grid, top), 'int32')
     batch['token_boxes'] = array((4,), 'float32')
