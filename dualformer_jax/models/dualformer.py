@@ -6,8 +6,9 @@ import flax.linen as nn
 import flax.struct
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.xla_metadata import set_xla_metadata
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PRNGKeyArray
 import numpy as np
 
 from dualformer_jax.errors import UserError
@@ -52,7 +53,6 @@ class Block(nn.Module):
     window: window of local attention, or None for global attention.
     fine_size: tokens that the fine level of the pyramid is pooled to.
     coarse_size: the same of the coarse level, or None without one.
-    drop_path_rate: probability of skipping a branch, drawn for every sample.
     dtype: what to compute in.
   """
 
@@ -60,18 +60,23 @@ class Block(nn.Module):
   window: Size | None
   fine_size: Size
   coarse_size: Size | None
-  drop_path_rate: float
   dtype: str
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'b d h w c'], train: bool
+    self,
+    x: Float[Array, 'b d h w c'],
+    train: bool,
+    branch_scales: Float[Array, '2 b'] | None = None,
   ) -> Float[Array, 'b d h w c']:
-    drop_path = nn.Dropout(
-      self.drop_path_rate,
-      broadcast_dims=(1, 2, 3, 4),
-      deterministic=not train,
-    )
+    """Returns tokens; `branch_scales`, of `drop_path`, multiply the branches."""
+
+    def scaled(y, branch):
+      if branch_scales is None:
+        return y
+      scale = branch_scales[branch].astype(y.dtype)
+      return y * scale[:, None, None, None, None]
+
     y = layer_norm(self.dtype, name='norm1')(x)
     if self.window is not None:
       attention = LocalWindowAttention(
@@ -87,15 +92,32 @@ class Block(nn.Module):
         name='attn',
       )
       y = attention(y, train)
-    x = checkpoint_name(x + drop_path(y), 'attended')
+    x = checkpoint_name(x + scaled(y, 0), 'attended')
     y = layer_norm(self.dtype, name='norm2')(x)
-    return x + drop_path(Mlp(self.dtype, name='mlp')(y))
+    return x + scaled(Mlp(self.dtype, name='mlp')(y), 1)
+
+
+def drop_path(
+  key: PRNGKeyArray, rates: Float[np.ndarray, 'n'], batch: int
+) -> Float[Array, 'n 2 b']:
+  """Returns what to multiply each branch of n blocks by, for each sample.
+
+  That is 0 at a block's rate, and 1 / (1 - rate) otherwise (stochastic depth,
+  1603.09382, scaled so that the mean is 1).
+  """
+  keep = jnp.asarray(1 - rates, jnp.float32)[:, None, None]
+  kept = jax.random.bernoulli(key, keep, (len(rates), 2, batch))
+  return kept / keep
 
 
 def run_block(
-  block: Block, x: Float[Array, 'b d h w c'], train: bool, remat: str
+  block: Block,
+  x: Float[Array, 'b d h w c'],
+  train: bool,
+  branch_scales: Float[Array, '2 b'] | None,
+  remat: str,
 ) -> Float[Array, 'b d h w c']:
-  """Returns block(x, train); `remat` says what the backward pass recomputes.
+  """Returns what a block makes of x; `remat`: what the backward pass recomputes.
 
   'none': keeps all activations but the attention scores.
   'elementwise': keeps what matrix products and attention put out, and makes
@@ -104,8 +126,12 @@ def run_block(
   'block': keeps only the input of each block: least memory, a third more
     arithmetic.
   """
+
+  def call(block, x, branch_scales):
+    return block(x, train, branch_scales)
+
   if remat == 'none':
-    return block(x, train)
+    return call(block, x, branch_scales)
   policy = None
   if remat == 'elementwise':
     policies = jax.checkpoint_policies
@@ -118,36 +144,23 @@ def run_block(
     )
 
   on_cpu = platform() == 'cpu'
-  checkpointed = nn.remat(
-    lambda block, x: block(x, train), policy=policy, prevent_cse=not on_cpu
-  )
+  checkpointed = nn.remat(call, policy=policy, prevent_cse=not on_cpu)
   if not on_cpu:
-    return checkpointed(block, x)
+    return checkpointed(block, x, branch_scales)
 
-  def forward(block, x):
-    return nn.vjp(checkpointed, block, x)
+  def forward(block, x, branch_scales):
+    return nn.vjp(checkpointed, block, x, branch_scales)
 
   def backward(pullback, dy):
-    # In a branch, and so in a computation of its own. Otherwise XLA on a CPU
-    # sees that forward and recomputation are the same, does the work once, and
-    # keeps all; and it computes the sum dy, which has a term from each later
-    # block, again from its terms wherever it is used. (If dy is not finite then
-    # neither is the gradient.)
-    gradients = jax.eval_shape(pullback, dy)
-    return jax.lax.cond(
-      jnp.isfinite(dy[(0,) * dy.ndim]),
-      lambda pullback, dy: pullback(dy),
-      lambda pullback, dy: jax.tree.map(
-        lambda g: jnp.full(g.shape, jnp.nan, g.dtype), gradients
-      ),
-      pullback,
-      dy,
-    )
+    # In a function that is not inlined. Otherwise XLA on a CPU sees that forward
+    # and recomputation are the same, does the work once, and keeps all; and it
+    # computes the sum dy, which has a term from each later block, again from
+    # its terms wherever it is used.
+    gradients = jax.jit(lambda pullback, dy: pullback(dy))(pullback, dy)
+    return set_xla_metadata(gradients, inlineable='false')
 
-  run = nn.custom_vjp(
-    lambda block, x: block(x, train), forward, backward, grad_vars='params'
-  )
-  return run(block, x)
+  run = nn.custom_vjp(call, forward, backward, grad_vars='params')
+  return run(block, x, branch_scales)
 
 
 class Backbone(nn.Module):
@@ -172,7 +185,10 @@ class Backbone(nn.Module):
   def __call__(
     self, x: Float[Array, 'b t y x 3'], train: bool
   ) -> Float[Array, 'b d h w c']:
-    rates = iter(np.linspace(0, self.drop_path_rate, sum(self.depths)))
+    scales = iter([None] * sum(self.depths))
+    if train and self.drop_path_rate:
+      rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
+      scales = iter(drop_path(self.make_rng('dropout'), rates, x.shape[0]))
     for stage, depth in enumerate(self.depths):
       x = PatchEmbedding(
         (2, 4, 4) if stage == 0 else (1, 2, 2),
@@ -187,11 +203,10 @@ class Backbone(nn.Module):
           self.window if index % 2 == 0 else None,
           self.fine_sizes[stage],
           self.coarse_sizes[stage],
-          float(next(rates)),
           self.dtype,
           name=name,
         )
-        x = run_block(block, x, train, self.remat)
+        x = run_block(block, x, train, next(scales), self.remat)
         if self.has_variable('replaced', f'{name}_output'):
           x = self.get_variable('replaced', f'{name}_output')
         if index == 0:

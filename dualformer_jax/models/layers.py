@@ -253,7 +253,7 @@ def _depthwise_conv_fwd(x, kernel):
 
 def _depthwise_conv_bwd(residuals, dy):
   x, kernel = residuals
-  d, h, w = x.shape[1:4]
+  b, d, h, w, c = x.shape
   padded = _pad(x)
 
   def add_frame(total, i):
@@ -262,24 +262,24 @@ def _depthwise_conv_bwd(residuals, dy):
     Clip by clip: the batch may be spread over devices, which then add up once,
     not for every frame.
     """
-    frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
     dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
-    products = [
-      jnp.sum(
-        frames[:, i, j : j + h, k : k + w] * dy_i,
-        axis=(1, 2),
-        dtype=jnp.float32,
-      )
-      for i, j, k in itertools.product(range(3), repeat=3)
-    ]
-    return total + jnp.stack(products, axis=1), None
+
+    def product(n):
+      start = (0, i + n // 9, n // 3 % 3, n % 3, 0)
+      x_i = jax.lax.dynamic_slice(padded, start, (b, 1, h, w, c))[:, 0]
+      return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
+
+    if platform() == 'cpu':
+      # As a loop: one by one, the compiler makes 27 copies and 27 sums of them.
+      return total + jax.lax.map(product, jnp.arange(27)), None
+    return total + jnp.stack([product(n) for n in range(27)]), None
 
   dkernel, _ = jax.lax.scan(
     add_frame,
-    jnp.zeros((x.shape[0], 27, x.shape[-1]), jnp.float32),
+    jnp.zeros((27, b, c), jnp.float32),
     jnp.arange(d),
   )
-  dkernel = dkernel.sum(0).reshape(kernel.shape)
+  dkernel = dkernel.sum(1).reshape(kernel.shape)
   dx = depthwise_conv(dy, kernel[::-1, ::-1, ::-1])
   return dx, dkernel.astype(kernel.dtype)
 

@@ -205,7 +205,10 @@ def train_step(
     opt_state=opt_state,
     ema_params=ema_params,
   )
-  return new_state, {**metrics, 'gradient_norm': optax.tree.norm(grads)}
+  # Behind a barrier: otherwise the squares that Adam takes are taken for those
+  # of the norm, and kept for both.
+  norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
+  return new_state, {**metrics, 'gradient_norm': norm}
 
 
 def _keep_frozen(
