@@ -69,7 +69,7 @@ class Block(nn.Module):
     train: bool,
     branch_scales: Float[Array, '2 b'] | None = None,
   ) -> Float[Array, 'b d h w c']:
-    """Returns tokens; `branch_scales`, of `drop_path`, multiply the branches."""
+    """Returns tokens; `branch_scales` multiply the branches: see `drop_path`."""
 
     def scaled(y, branch):
       if branch_scales is None:
@@ -117,7 +117,9 @@ def run_block(
   branch_scales: Float[Array, '2 b'] | None,
   remat: str,
 ) -> Float[Array, 'b d h w c']:
-  """Returns what a block makes of x; `remat`: what the backward pass recomputes.
+  """Returns what the block makes of x.
+
+  `remat` says what the backward pass recomputes.
 
   'none': keeps all activations but the attention scores.
   'elementwise': keeps what matrix products and attention put out, and makes
@@ -152,10 +154,10 @@ def run_block(
     return nn.vjp(checkpointed, block, x, branch_scales)
 
   def backward(pullback, dy):
-    # In a function that is not inlined. Otherwise XLA on a CPU sees that forward
-    # and recomputation are the same, does the work once, and keeps all; and it
-    # computes the sum dy, which has a term from each later block, again from
-    # its terms wherever it is used.
+    # In a function that is not inlined. Otherwise XLA on a CPU sees that
+    # forward and recomputation are the same, does the work once, and keeps all;
+    # and it computes the sum dy, which has a term from each later block, again
+    # from its terms wherever it is used.
     gradients = jax.jit(lambda pullback, dy: pullback(dy))(pullback, dy)
     return set_xla_metadata(gradients, inlineable='false')
 
