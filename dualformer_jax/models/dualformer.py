@@ -69,7 +69,7 @@ class Block(nn.Module):
     train: bool,
     branch_scales: Float[Array, '2 b'] | None = None,
   ) -> Float[Array, 'b d h w c']:
-    """Returns tokens; `branch_scales` multiply the branches: see `drop_path`."""
+    """Returns tokens; `branch_scales`, by `drop_path`, multiply branches."""
 
     def scaled(y, branch):
       if branch_scales is None:
@@ -107,7 +107,7 @@ def drop_path(
   """
   keep = jnp.asarray(1 - rates, jnp.float32)[:, None, None]
   kept = jax.random.bernoulli(key, keep, (len(rates), 2, batch))
-  return kept / keep
+  return jnp.where(kept, 1 / keep, 0)
 
 
 def run_block(
