@@ -21,10 +21,10 @@ from dualformer_jax.models import tpu_attention
 from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
+  LayerNorm,
   Linear,
   Projections,
   Size,
-  layer_norm,
   matmul_precision,
   platform,
 )
@@ -324,7 +324,7 @@ class GlobalPyramidAttention(nn.Module):
       pyramid = jnp.concatenate(
         [rearrange(y, 'b d h w c -> b (d h w) c') for y in levels], axis=1
       )
-      pyramid = layer_norm(self.dtype, name='norm')(pyramid)
+      pyramid = LayerNorm(self.dtype, name='norm')(pyramid)
     else:
       pyramid = rearrange(x, 'b d h w c -> b (d h w) c')
     kv = Projections((2, *heads), self.dtype, name='kv')(pyramid)

@@ -18,11 +18,11 @@ from dualformer_jax.models.attention import (
 )
 from dualformer_jax.models.heads import ClassificationHead, TokenLabelHead
 from dualformer_jax.models.layers import (
+  LayerNorm,
   Linear,
   PatchEmbedding,
   PositionalConvolution,
   Size,
-  layer_norm,
   platform,
 )
 
@@ -77,7 +77,7 @@ class Block(nn.Module):
       scale = branch_scales[branch].astype(y.dtype)
       return y * scale[:, None, None, None, None]
 
-    y = layer_norm(self.dtype, name='norm1')(x)
+    y = LayerNorm(self.dtype, name='norm1')(x)
     if self.window is not None:
       attention = LocalWindowAttention(
         self.num_heads, self.window, self.dtype, name='attn'
@@ -93,7 +93,7 @@ class Block(nn.Module):
       )
       y = attention(y, train)
     x = checkpoint_name(x + scaled(y, 0), 'attended')
-    y = layer_norm(self.dtype, name='norm2')(x)
+    y = LayerNorm(self.dtype, name='norm2')(x)
     return x + scaled(Mlp(self.dtype, name='mlp')(y), 1)
 
 
@@ -215,7 +215,7 @@ class Backbone(nn.Module):
           name = f'pos_block_{stage}'
           x = PositionalConvolution(self.dtype, name=name)(x)
       self.sow('intermediates', f'stage_{stage}', x)
-    return layer_norm(self.dtype, name='norm')(x)
+    return LayerNorm(self.dtype, name='norm')(x)
 
 
 @flax.struct.dataclass

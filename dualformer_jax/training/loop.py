@@ -22,7 +22,6 @@ from dualformer_jax.input_pipeline import loader, records, stored_labels
 from dualformer_jax.input_pipeline.views import Preprocessing
 from dualformer_jax.models import complexity, explain
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.models.layers import platform
 from dualformer_jax.training import (
   augment,
   checkpoint,
@@ -137,12 +136,10 @@ def train_and_test(
     clips.set_state(saved.data_position)
     _LOG.info('resumed %s', newest)
   else:
-    # It runs once, and takes longer to compile than to run.
-    quickly = {'xla_backend_optimization_level': '1'}
     state = jax.jit(
       init,
       out_shardings=state_shardings,
-      compiler_options=quickly if platform() == 'cpu' else None,
+      compiler_options=sharding.compiler_options(mesh),
     )()
     if source is not None:
       state, transferred = initialize.start_from(state, source, description)

@@ -9,6 +9,11 @@ that what else the machine does falls on all alike. The medians over rounds are
 compared. Prints a table, and writes the figures with machine and versions into
 a file, where those of other cases stay. speed_plot.py draws them.
 
+With --stages=1,2,3,4 each stage runs as a model of its own. The bound of the
+roofline is what the products take at the measured peak, or what the program
+moves at the measured bandwidth, whichever is longer; what stays in caches is
+moved for less.
+
 A peer is 'jax', the package; 'jax-full', the package with all tokens attending
 to all, as a plain video transformer would; or a way to run torch_peer.py: eager
 or compile, and with -sdpa by PyTorch's fused attention. With bfloat16 these run
@@ -45,6 +50,9 @@ VARIANTS = flags.DEFINE_list('variants', 'tiny,small,base', 'Sizes of model.')
 PASSES = flags.DEFINE_list('passes', 'forward,step', 'forward, step or both.')
 DTYPES = flags.DEFINE_list('dtypes', 'float32,bfloat16', 'What to compute in.')
 CLIPS = flags.DEFINE_list('clips', '1,2', 'Clips in a batch.')
+STAGES = flags.DEFINE_list(
+  'stages', '0', 'Stages to run by themselves, 1 to 4; 0 for the whole model.'
+)
 FRAMES = flags.DEFINE_list('frames', '32', 'Frames of a clip.')
 PIXELS = flags.DEFINE_list('pixels', '224', 'Rows and columns of a clip.')
 PEERS_FLAG = flags.DEFINE_list('peers', ','.join(PEERS), 'What to compare.')
@@ -114,15 +122,12 @@ def flops(case: dict[str, Any]) -> float:
   The backward pass of a product is two products. What is computed anew counts
   for nothing, as it is not what was asked for.
   """
-  from dualformer_jax.models import complexity, variants
+  import speed_worker
+
+  from dualformer_jax.models import complexity
   from dualformer_jax.models.dualformer import DualFormer
 
-  model = DualFormer(
-    **getattr(variants, case['variant'].upper()),
-    num_classes=400,
-    num_frames=case['num_frames'],
-    image_size=case['image_size'],
-  )
+  model = DualFormer(**speed_worker.model_fields(case))
   passes = 3 if case['pass'] == 'step' else 1
   products = sum(row.multiply_adds for row in complexity.count(model))
   return 2 * passes * case['clips'] * products
@@ -131,9 +136,10 @@ def flops(case: dict[str, Any]) -> float:
 def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
   """Prints a line for each program of one case."""
   first = results[0]
+  stage = f' stage {first["stage"]}' if first['stage'] else ''
   print(
-    '{variant} {pass} {dtype}, {clips} x {num_frames} x {image_size} x '
-    '{image_size}'.format(**first)
+    '{variant}{at} {pass} {dtype}, {clips} x {num_frames} x {image_size} x '
+    '{image_size}'.format(**first, at=stage)
   )
   for result in results:
     if 's' not in result:
@@ -150,7 +156,8 @@ def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
     )
     if result.get('bytes_accessed'):
       bandwidth = result['bytes_accessed'] / result['s']
-      line += f' {bandwidth / peak["peak_bandwidth"]:6.1%} of bandwidth'
+      moved = bandwidth / peak['peak_bandwidth']
+      line += f' {moved:6.1%} of bandwidth {max(share, moved):6.1%} of roofline'
     print(line, flush=True)
 
 
@@ -161,8 +168,9 @@ def main(_: Sequence[str]) -> None:
   peaks = {}
   for dtype in DTYPES.value:
     peaks[dtype] = Program({'peer': 'peaks', 'dtype': dtype}).finish()
-  for variant, what, dtype, clips, frames, pixels in itertools.product(
+  for variant, stage, what, dtype, clips, frames, pixels in itertools.product(
     VARIANTS.value,
+    STAGES.value,
     PASSES.value,
     DTYPES.value,
     CLIPS.value,
@@ -171,6 +179,7 @@ def main(_: Sequence[str]) -> None:
   ):
     case = {
       'variant': variant,
+      'stage': int(stage),
       'pass': what,
       'dtype': dtype,
       'clips': int(clips),
@@ -188,7 +197,7 @@ def main(_: Sequence[str]) -> None:
     }
     for result in results:
       same = {'peer': result['peer'], 'machine': where['machine'], **case}
-      kept = [r for r in kept if any(r[k] != v for k, v in same.items())]
+      kept = [r for r in kept if any(r.get(k) != v for k, v in same.items())]
       kept.append(where | result)
     if out:
       out.write_text(json.dumps(kept, indent=1))

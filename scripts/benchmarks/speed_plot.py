@@ -41,6 +41,8 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
   """Draws a bar of clips per second for each program, case by case."""
   cases: dict[str, list[dict[str, Any]]] = {}
   for result in results:
+    if result['stage']:
+      continue
     name = '{variant} {pass}\n{dtype}, batch {clips}'.format(**result)
     cases.setdefault(name, []).append(result)
   figure, axes = plt.subplots(

@@ -27,10 +27,38 @@ Prepared = tuple[Callable[[], None], dict[str, Any]]
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
+def model_fields(case: dict[str, Any]) -> dict[str, Any]:
+  """Returns the fields of the model of a case: of a variant, or of a stage.
+
+  A stage alone embeds patches of smaller clips, of which as many tokens come
+  as the stage has in the model.
+  """
+  from dualformer_jax.models import variants
+  from dualformer_jax.models.dualformer import DualFormer
+
+  fields = getattr(variants, case['variant'].upper())
+  frames, size = case['num_frames'], case['image_size']
+  if case.get('peer') == 'jax-full':  # all tokens attend to all, in all blocks
+    grids = [(frames // 2, *[size // 4 // 2**i] * 2) for i in range(4)]
+    fields = fields | {
+      'window': grids[0],
+      'fine_sizes': tuple(grids),
+      'coarse_sizes': (None,) * 4,
+    }
+  if case['stage']:
+    index = case['stage'] - 1
+    size //= 2**index
+    for name in ('fine_sizes', 'coarse_sizes'):
+      fields = {name: getattr(DualFormer, name)} | fields
+    names = (*variants.TINY, 'fine_sizes', 'coarse_sizes')
+    fields |= {name: fields[name][index : index + 1] for name in names}
+  return fields | {'num_classes': 400, 'num_frames': frames, 'image_size': size}
+
+
 def inputs(case: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
   """Returns the same uint8 clips [b, t, y, x, 3] and labels [b] to everyone."""
   rng = np.random.default_rng(0)
-  size = case['image_size']
+  size = model_fields(case)['image_size']
   shape = (case['clips'], case['num_frames'], size, size, 3)
   return rng.integers(0, 256, shape, np.uint8), rng.integers(0, 400, shape[0])
 
@@ -40,25 +68,21 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
   import jax
   import jax.numpy as jnp
 
-  from dualformer_jax.models import variants
   from dualformer_jax.models.dualformer import DualFormer
-  from dualformer_jax.training import augment, optimizer, program, step
-
-  fields = getattr(variants, case['variant'].upper())
-  if case['peer'] == 'jax-full':  # all tokens attend to all, in all blocks
-    frames, size = case['num_frames'] // 2, case['image_size'] // 4
-    grids = [(frames, size // 2**i, size // 2**i) for i in range(4)]
-    fields = fields | {
-      'window': grids[0],
-      'fine_sizes': tuple(grids),
-      'coarse_sizes': (None,) * 4,
-    }
-  model = DualFormer(
-    **fields,
-    num_classes=400,
-    drop_path_rate=0.1,
-    **{name: case[name] for name in ('num_frames', 'image_size', 'dtype')},
+  from dualformer_jax.training import (
+    augment,
+    optimizer,
+    program,
+    sharding,
+    step,
   )
+
+  model = DualFormer(
+    **model_fields(case), drop_path_rate=0.1, dtype=case['dtype']
+  )
+  one = {'data': 1, 'fsdp': 1, 'tensor': 1}
+  mesh = sharding.make_mesh(one, case['clips'], devices=jax.devices()[:1])
+  options = sharding.compiler_options(mesh)
   clips, labels = map(jnp.asarray, inputs(case))
   pixels = dict(pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
   if case['pass'] == 'step':
@@ -71,7 +95,10 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
       0.02,
       (('.*pos_block.*', 1, 0), ('backbone.*', 0.1, 1), ('.*', 1, 1)),
     )
-    state = jax.jit(functools.partial(step.init_state, model, adamw, 0))()
+    state = jax.jit(
+      functools.partial(step.init_state, model, adamw, 0),
+      compiler_options=options,
+    )()
     function = jax.jit(
       functools.partial(
         step.train_step,
@@ -81,6 +108,7 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
         seed=0,
       ),
       donate_argnums=0,
+      compiler_options=options,
     )
     arguments = [state, {'clips': clips, 'labels': labels}]
   else:
@@ -89,7 +117,8 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
     )
     normalize = functools.partial(augment.normalize, **pixels)
     function = jax.jit(
-      functools.partial(step.view_logits, model=model, normalize=normalize)
+      functools.partial(step.view_logits, model=model, normalize=normalize),
+      compiler_options=options,
     )
     arguments = [variables, clips[:, None]]
   start = time.perf_counter()
@@ -102,7 +131,6 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
   if memory is not None:
     told['temporary_bytes'] = memory.temp_size_in_bytes
   # XLA's own count takes a loop's body as if it ran once.
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ('data',))
   told['bytes_accessed'] = program.read(compiled.as_text() or '', mesh).bytes
   told['device'] = jax.devices()[0].device_kind
   told['version'] = f'jax {jax.__version__}'
@@ -121,18 +149,13 @@ def prepare_torch(case: dict[str, Any]) -> Prepared:
   from torch.nn import functional
   import torch_peer
 
-  from dualformer_jax.models import variants
-
   options = case['peer'].split('-')
   device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
   # What a user gets: TensorFloat-32 would not be float32.
   torch.backends.cuda.matmul.allow_tf32 = False
   torch.backends.cudnn.allow_tf32 = False
   model = torch_peer.DualFormer(
-    **getattr(variants, case['variant'].upper()),
-    num_classes=400,
-    num_frames=case['num_frames'],
-    image_size=case['image_size'],
+    **model_fields(case),
     drop_path_rate=0.1,
     attention='sdpa' if 'sdpa' in options else 'materialised',
   ).to(device)

@@ -19,7 +19,7 @@ import numpy as np
 
 from dualformer_jax import command_line
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import augment, step
+from dualformer_jax.training import augment, sharding, step
 from dualformer_jax.training import optimizer as optimizers
 
 CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.')
@@ -31,15 +31,21 @@ def main() -> None:
   """Runs some steps and prints what they took."""
   config = CONFIG.value
   model = DualFormer(**config.model.to_dict())
-  options = config.optimizer.to_dict()
-  options.pop('warmup_epochs')
+  settings = config.optimizer.to_dict()
+  settings.pop('warmup_epochs')
   variables = jax.eval_shape(
     model.init,
     jax.random.key(0),
     jax.ShapeDtypeStruct(model.input_shape(), np.float32),
   )
-  optimizer = optimizers.make_optimizer(variables['params'], **options)
-  state = jax.jit(functools.partial(step.init_state, model, optimizer, 0))()
+  optimizer = optimizers.make_optimizer(variables['params'], **settings)
+  one = {'data': 1, 'fsdp': 1, 'tensor': 1}
+  mesh = sharding.make_mesh(one, CLIPS.value, devices=jax.devices()[:1])
+  options = sharding.compiler_options(mesh)
+  state = jax.jit(
+    functools.partial(step.init_state, model, optimizer, 0),
+    compiler_options=options,
+  )()
   train_step = jax.jit(
     functools.partial(
       step.train_step,
@@ -54,6 +60,7 @@ def main() -> None:
       seed=0,
     ),
     donate_argnums=0,
+    compiler_options=options,
   )
   rng = np.random.default_rng(0)
   shape = (CLIPS.value, *model.input_shape()[1:])
