@@ -13,7 +13,7 @@ import pytest
 
 from dualformer_jax import convert, errors, pytorch
 from dualformer_jax.models import attention, layers, variants
-from dualformer_jax.models.dualformer import DualFormer, gelu
+from dualformer_jax.models.dualformer import DualFormer, drop_path, gelu
 from dualformer_jax.training import checkpoint
 from tests import reference_arrays
 
@@ -323,6 +323,61 @@ def test_branches_are_dropped_sample_by_sample_and_only_in_training():
   np.testing.assert_array_equal(first, logits(True, 1))
   assert len(np.unique(first.round(6), axis=0)) > 2
   assert np.abs(first - logits(True, 2)).max() > 1e-6
+
+
+def test_branches_are_scaled_so_that_their_mean_stays():
+  rates = np.array([0.0, 0.25, 0.9, 1.0])
+  scales = np.asarray(drop_path(jax.random.key(0), rates, 4000))
+  assert scales.shape == (4, 2, 4000)
+  np.testing.assert_array_equal(scales[0], 1)
+  np.testing.assert_array_equal(scales[3], 0)
+  np.testing.assert_allclose(np.unique(scales[1]), [0, 4 / 3], rtol=1e-6)
+  np.testing.assert_allclose(scales[1:3].mean(-1), 1, atol=0.2)
+  # Samples and branches are drawn one by one.
+  assert (scales[1, 0] != scales[1, 1]).mean() > 0.3
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_layer_norm_and_its_gradient(dtype):
+  rng = np.random.default_rng(0)
+  # Means far from zero, where a variance from squares would lose its digits.
+  x = rng.standard_normal((2, 3, 5, 48)) + 30 * rng.standard_normal(
+    (2, 3, 5, 1)
+  )
+  x = np.asarray(jnp.asarray(x, dtype), np.float64)
+  scale, bias = rng.standard_normal((2, 48))
+  dy = np.asarray(jnp.asarray(rng.standard_normal(x.shape), dtype), np.float64)
+
+  centred = x - x.mean(-1, keepdims=True)
+  inverse = (np.square(centred).mean(-1, keepdims=True) + 1e-5) ** -0.5
+  normalized = centred * inverse
+  y = normalized * scale + bias
+  # The Jacobian of each token, written out.
+  channels = x.shape[-1]
+  centre = np.eye(channels) - 1 / channels
+  outer = normalized[..., :, None] * normalized[..., None, :] / channels
+  jacobian = inverse[..., None] * (centre - outer) * scale[:, None]
+  expected = {
+    'x': np.einsum('abco,abcoi->abci', dy, jacobian),
+    'scale': (dy * normalized).sum((0, 1, 2)),
+    'bias': dy.sum((0, 1, 2)),
+  }
+
+  def run(x, scale, bias):
+    norm = layers.LayerNorm(dtype)
+    return norm.apply({'params': {'scale': scale, 'bias': bias}}, x)
+
+  weights = (jnp.asarray(a, jnp.float32) for a in (scale, bias))
+  arguments = (jnp.asarray(x, dtype), *weights)
+  actual, pullback = jax.jit(lambda *a: jax.vjp(run, *a))(*arguments)
+  gradients = pullback(jnp.asarray(dy, dtype))
+  digits = 2e-6 if dtype == 'float32' else 1e-2
+  assert actual.dtype == dtype
+  np.testing.assert_allclose(actual, y, atol=20 * digits * np.abs(y).max())
+  for (name, value), gradient in zip(expected.items(), gradients, strict=True):
+    assert gradient.shape == value.shape, name
+    error = np.abs(np.asarray(gradient, np.float64) - value).max()
+    assert error <= 10 * digits * np.abs(value).max(), name
 
 
 def test_clips_of_other_sizes_are_refused():
