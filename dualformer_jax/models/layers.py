@@ -318,11 +318,12 @@ def _depthwise_conv_bwd(residuals, dy):
     Clip by clip: the batch may be spread over devices, which then add up once,
     not for every frame.
     """
+    frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
     dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
 
     def product(n):
-      start = (0, i + n // 9, n // 3 % 3, n % 3, 0)
-      x_i = jax.lax.dynamic_slice(padded, start, (b, 1, h, w, c))[:, 0]
+      start = (0, n // 9, n // 3 % 3, n % 3, 0)
+      x_i = jax.lax.dynamic_slice(frames, start, (b, 1, h, w, c))[:, 0]
       return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
 
     if platform() == 'cpu':
