@@ -38,10 +38,14 @@ SIGNALS = (signal.SIGKILL, signal.SIGTERM)
 
 @dataclasses.dataclass(frozen=True)
 class Moment:
-  """When to kill: some time after so many lines of the log."""
+  """When to kill: some time after so many lines of the log.
+
+  Or, if it is to have `saved`, after the next line when there is a checkpoint.
+  """
 
   lines: int
   seconds: float
+  saved: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,16 +57,17 @@ class Death:
 
 
 def random_moments(seed: int) -> list[Moment]:
-  """Three on the way to the first line, the others anywhere after it."""
+  """One after a checkpoint, three before the first line, others after it."""
   rng = random.Random(seed)
   early = [Moment(0, rng.uniform(0.0, 6.0)) for _ in range(3)]
   late = [
     Moment(rng.randint(1, 10), rng.uniform(0.0, 0.2))
-    for _ in range(NUM_KILLS - len(early))
+    for _ in range(NUM_KILLS - len(early) - 1)
   ]
   moments = early + late
   rng.shuffle(moments)
-  return moments
+  # However fast steps are beside checkpoints, there is one to go on from.
+  return [Moment(1, 0.0, saved=True), *moments]
 
 
 def newest_step(workdir: pathlib.Path) -> int:
@@ -86,7 +91,9 @@ def run_until(
   assert process.stderr is not None
   log = []
   # Orbax has lines of its own about a checkpoint that was half deleted.
-  while sum('loop.py' in line for line in log) < moment.lines:
+  while sum('loop.py' in line for line in log) < moment.lines or (
+    moment.saved and not newest_step(workdir)
+  ):
     log.append(process.stderr.readline())
     assert log[-1], 'it ended by itself'
   time.sleep(moment.seconds)
