@@ -40,7 +40,7 @@ class LayerNorm(nn.Module):
   def __call__(self, x: Float[Array, '... c']) -> Float[Array, '... c']:
     scale = self.param('scale', nn.initializers.ones, x.shape[-1:])
     bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
-    normalize = normalize_on_cpu if platform() == 'cpu' else _normalize
+    normalize = _normalize_on_cpu if platform() == 'cpu' else _normalize
     x = normalize(x.astype(jnp.float32), scale, bias)
     return x.astype(self.dtype)
 
@@ -54,7 +54,7 @@ def _normalize(
 
 
 @jax.custom_vjp
-def normalize_on_cpu(
+def _normalize_on_cpu(
   x: Float[Array, '... c'], scale: Float[Array, 'c'], bias: Float[Array, 'c']
 ) -> Float[Array, '... c']:
   """LayerNorm with a derivative that passes less often over memory on a CPU.
@@ -84,8 +84,8 @@ def _normalize_on_cpu_bwd(residuals, dy):
   return dx, product.sum(axes), dy.sum(axes)
 
 
-normalize_on_cpu.defvjp(
-  lambda x, scale, bias: (normalize_on_cpu(x, scale, bias), (x, scale)),
+_normalize_on_cpu.defvjp(
+  lambda x, scale, bias: (_normalize_on_cpu(x, scale, bias), (x, scale)),
   _normalize_on_cpu_bwd,
 )
 
