@@ -13,6 +13,8 @@ import numpy as np
 
 Size = tuple[int, int, int]
 
+_LAYER_NORM_EPSILON = 1e-5
+
 
 def platform() -> str:
   """Returns what is compiled for: 'cpu', 'gpu' or 'tpu'.
@@ -50,7 +52,7 @@ def _normalize(
 ) -> Float[Array, '... c']:
   mean = x.mean(-1, keepdims=True)
   var = jnp.square(x - mean).mean(-1, keepdims=True)
-  return (x - mean) * (jax.lax.rsqrt(var + 1e-5) * scale) + bias
+  return (x - mean) * (jax.lax.rsqrt(var + _LAYER_NORM_EPSILON) * scale) + bias
 
 
 @jax.custom_vjp
@@ -74,7 +76,9 @@ def _normalize_on_cpu_bwd(residuals, dy):
 
   every = jnp.full(channels, 1 / channels)
   mean = dot(x, every)
-  deviation = jax.lax.rsqrt(dot(jnp.square(x - mean), every) + 1e-5)
+  deviation = jax.lax.rsqrt(
+    dot(jnp.square(x - mean), every) + _LAYER_NORM_EPSILON
+  )
   normalized = (x - mean) * deviation
   product = dy * normalized
   # Of dy scale and of its product with what is normalised, the mean.

@@ -197,7 +197,7 @@ def main(_: Sequence[str]) -> None:
     }
     for result in results:
       same = {'peer': result['peer'], 'machine': where['machine'], **case}
-      kept = [r for r in kept if any(r.get(k) != v for k, v in same.items())]
+      kept = [r for r in kept if any(r[k] != v for k, v in same.items())]
       kept.append(where | result)
     if out:
       out.write_text(json.dumps(kept, indent=1))
