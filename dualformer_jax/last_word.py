@@ -22,7 +22,7 @@ AGAIN = (
 )
 
 # How a line of a log begins; what does not begin so, goes on with the last.
-_LOG_LINE = re.compile(rb'[IWEF]\d{4} [\d:.]+ +\d+ ([^: ]+):\d+\] ')
+_LOG_LINE = re.compile(rb'([IWEF])\d{4} [\d:.]+ +\d+ ([^: ]+):\d+\] ')
 # Where JAX, in C++, tells of other processes.
 _ABOUT_OTHERS = (
   b'add_port.cc',
@@ -30,7 +30,6 @@ _ABOUT_OTHERS = (
   b'coordination_service',
   b'preemption_',
 )
-_PYTHON = (b'error: ', b'Traceback ')
 _SILENT = re.compile(rb'stopped sending heartbeats\):\s*(\d[\d, \n]*)')
 
 
@@ -39,24 +38,48 @@ def main() -> None:
   # Meant for the other process, after whose end this one ends.
   for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-  who, held, is_held = ('?', '?', '?'), b'', False
+  who = ('?', '?', '?')
+  # What JAX wrote of others; errors of Python's, of which the loss of another
+  # may be the cause, until something else shows that the process goes on.
+  held, pending = b'', b''
+  kind = ''
+  is_dying = False
   for line in sys.stdin.buffer:
     if line == FAREWELL:
+      _write(pending)
       return
     if line.startswith(WHO):
       index, count, host = line[len(WHO) :].decode().split()
       who = (index, count, host)
       continue
-    if begin := _LOG_LINE.match(line):
-      is_held = begin[1].startswith(_ABOUT_OTHERS)
-    elif line.startswith(_PYTHON):
-      is_held = False
-    if is_held:
+    if line.startswith(b'error: '):
+      kind = 'own'
+    elif is_dying:
+      kind = 'of others'
+    elif begin := _LOG_LINE.match(line):
+      level, file = begin.groups()
+      if file.startswith(_ABOUT_OTHERS):
+        kind = 'of others'
+        is_dying = level == b'F'
+      else:
+        kind = 'pending' if level in b'EF' else 'own'
+    elif line.startswith(b'Traceback ') and kind != 'own':
+      kind = 'pending'
+    if kind == 'of others':
       held += line
+    elif kind == 'pending':
+      pending += line
     else:
-      sys.stderr.buffer.write(line)
-      sys.stderr.buffer.flush()
+      _write(pending + line)
+      pending = b''
+  if not held:
+    _write(pending)
   sys.stderr.write(explain(held, *who))
+
+
+def _write(text: bytes) -> None:
+  sys.stderr.buffer.write(text)
+  sys.stderr.buffer.flush()
 
 
 def explain(held: bytes, index: str, count: str, host: str) -> str:

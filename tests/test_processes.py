@@ -393,6 +393,13 @@ CUT_OFF = (
   'retrieve preemption notice: UNAVAILABLE: Socket closed',
   *SILENT[-3:],
 )
+# Of Orbax, where the other one is lost while it waits for it.
+FAILED = (
+  'E1125 15:28:43.496289 140495 checkpoint_manager.py:2107] [step=8] failed.',
+  'Traceback (most recent call last):',
+  '  File "checkpoint_manager.py", line 2096, in wait_until_finished',
+  'jax.errors.JaxRuntimeError: UNAVAILABLE: Failed to send RPC',
+)
 
 
 def test_what_a_process_writes_passes_by():
@@ -405,6 +412,12 @@ def test_what_a_process_writes_passes_by():
   [
     (SILENT, 'process 2 of 4 does not answer any more'),
     (CUT_OFF, 'process 0 of 4 does not answer any more'),
+    # Of two threads, one may write between the lines of the other.
+    ((*FAILED, *CUT_OFF), 'process 0 of 4 does not answer any more'),
+    (
+      (*CUT_OFF[:2], *FAILED, *CUT_OFF[2:]),
+      'process 0 of 4 does not answer any more',
+    ),
     ((), 'process 1 of 4 on node7 was killed'),
   ],
 )
@@ -419,6 +432,19 @@ def test_pages_of_another_end_become_a_line(lines, expected):
 def test_an_error_of_the_process_itself_is_not_lost():
   told = say(*SILENT[:4], 'error: mine', '\0farewell')
   assert told == 'error: mine\n'
+
+
+@pytest.mark.parametrize('end', ['\0farewell', LOG, 'error: mine'])
+def test_a_traceback_of_the_process_itself_is_not_lost(end):
+  told = say(*FAILED, end)
+  assert told.startswith(''.join(f'{line}\n' for line in FAILED))
+
+
+def test_a_traceback_before_a_crash_is_not_lost():
+  told = say(*FAILED)
+  *lines, last = told.splitlines()
+  assert tuple(lines) == FAILED
+  assert last.startswith('error: process 1 of 4 on node7 was killed')
 
 
 def test_waiting_in_vain_is_told():
