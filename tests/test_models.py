@@ -14,7 +14,7 @@ import pytest
 from dualformer_jax import convert, errors, pytorch
 from dualformer_jax.models import attention, layers, variants
 from dualformer_jax.models.dualformer import DualFormer, drop_path, gelu
-from dualformer_jax.training import checkpoint
+from dualformer_jax.training import checkpoint, program, sharding
 from tests import reference_arrays
 
 common = runpy.run_path(
@@ -259,6 +259,36 @@ def test_batch_norm_keeps_statistics_as_pytorch_does():
     statistics['var'], 0.9 + 0.1 * flat.var(0, ddof=1), rtol=1e-5
   )
   assert statistics['num_batches_tracked'] == 1
+
+
+class CoarseLevel(nn.Module):
+  """The coarse level of the pyramid, with or without BatchNorm."""
+
+  is_normalized: bool
+
+  @nn.compact
+  def __call__(self, x):
+    y = layers.DepthwisePooling((1, 7, 7), 'float32')(x)
+    if self.is_normalized:
+      y = layers.BatchNorm('float32')(y, train=False)
+    return layers.DepthwisePooling((4, 2, 2), 'float32')(nn.relu(y))
+
+
+def test_batch_norm_takes_no_pass_over_tokens_where_it_does_not_learn():
+  x = jnp.zeros((1, 16, 56, 56, 64))
+  mesh = sharding.make_mesh(
+    {'data': 1, 'fsdp': 1, 'tensor': 1}, 1, devices=jax.devices()[:1]
+  )
+
+  def moved(is_normalized):
+    level = CoarseLevel(is_normalized)
+    variables = jax.eval_shape(level.init, jax.random.key(0), x)
+    compiled = jax.jit(level.apply).lower(variables, x).compile()
+    return program.read(compiled.as_text() or '', mesh).bytes
+
+  # Of 1024 tokens, what it adds is as much as a few of them: its vectors.
+  assert 0 < moved(True) - moved(False) <= 10 * 4 * 64
+  assert moved(False) >= x.nbytes
 
 
 def gradients(model):

@@ -28,6 +28,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -133,6 +134,14 @@ def flops(case: dict[str, Any]) -> float:
   return 2 * passes * case['clips'] * products
 
 
+def processor() -> str:
+  """Returns the name of the processor, as far as the system tells."""
+  info = pathlib.Path('/proc/cpuinfo')
+  text = info.read_text() if info.exists() else ''
+  name = re.search(r'model name\s*: (.+)', text)
+  return name[1] if name else platform.processor() or platform.machine()
+
+
 def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
   """Prints a line for each program of one case."""
   first = results[0]
@@ -190,7 +199,7 @@ def main(_: Sequence[str]) -> None:
     show(results, peaks)
     where = {
       'date': datetime.date.today().isoformat(),
-      'machine': f'{platform.machine()}, {os.cpu_count()} cores',
+      'machine': f'{processor()}, {os.cpu_count()} cores',
       'peak_flops': peaks[dtype]['peak_flops'],
       'peak_bandwidth': peaks[dtype]['peak_bandwidth'],
       'flops': flops(case),
