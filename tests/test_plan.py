@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dualformer_jax.models.dualformer import DualFormer
@@ -162,6 +163,32 @@ def test_weights_are_gathered_before_they_are_used(
   else:  # what the compiler would do; if not any more, no option is needed
     assert 'collective-permute' in kinds
     assert work.flops > 1.2 * flops
+
+
+@pytest.mark.parametrize(
+  ('shape', 'dtype', 'row'),
+  [
+    ((8, 56, 56, 64), jnp.bfloat16, 128),
+    ((8, 56, 56, 96), jnp.float32, 128),
+    ((8, 56, 56, 192), jnp.bfloat16, 256),
+  ],
+)
+def test_what_a_layout_adds_counts_as_memory(shape, dtype, row):
+  if importlib.util.find_spec('libtpu') is None:
+    pytest.skip('libtpu is not installed: NO LAYOUT OF TPUS WAS TESTED')
+  devices = np.array(planning.tpu('v5e:2x2').devices[:1])
+  mesh = jax.sharding.Mesh(devices, ('data',))
+  x = jax.ShapeDtypeStruct(
+    shape,
+    dtype,
+    sharding=jax.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+  )
+  compiled = jax.jit(lambda x: x + 1).lower(x).compile()
+  array = 8 * 56 * 56 * row * jnp.dtype(dtype).itemsize
+  read = program.read(compiled.as_text() or '', mesh)
+  assert read.bytes == 2 * array
+  costs: Any = compiled.cost_analysis()
+  assert costs['bytes accessed'] == 2 * array
 
 
 @pytest.mark.parametrize(

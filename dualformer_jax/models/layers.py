@@ -315,31 +315,37 @@ def _depthwise_conv_bwd(residuals, dy):
   x, kernel = residuals
   b, d, h, w, c = x.shape
   padded = _pad(x)
+  places = list(itertools.product(range(3), repeat=3))
 
+  # Sums of each clip first: the batch may be spread over devices, which then
+  # add up once.
   def add_frame(total, i):
-    """Adds what token frame i of dy gives to the kernel's gradient.
-
-    Clip by clip: the batch may be spread over devices, which then add up once,
-    not for every frame.
-    """
+    """Adds what token frame i of dy gives to the kernel's gradient."""
     frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
     dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
 
-    def product(n):
-      start = (0, n // 9, n // 3 % 3, n % 3, 0)
-      x_i = jax.lax.dynamic_slice(frames, start, (b, 1, h, w, c))[:, 0]
+    def product(place):
+      x_i = jax.lax.dynamic_slice(frames, (0, *place, 0), (b, 1, h, w, c))[:, 0]
       return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
 
-    if platform() == 'cpu':
-      # As a loop: one by one, the compiler makes 27 copies and 27 sums of them.
-      return total + jax.lax.map(product, jnp.arange(27)), None
-    return total + jnp.stack([product(n) for n in range(27)]), None
+    return total + jax.lax.map(product, jnp.array(places)), None
 
-  dkernel, _ = jax.lax.scan(
-    add_frame,
-    jnp.zeros((27, b, c), jnp.float32),
-    jnp.arange(d),
-  )
+  if platform() == 'cpu':
+    # As a loop: one by one, the compiler makes 27 copies and 27 sums of them.
+    zeros = jnp.zeros((27, b, c), jnp.float32)
+    dkernel, _ = jax.lax.scan(add_frame, zeros, jnp.arange(d))
+  else:
+    # In one pass over x and dy.
+    dkernel = jnp.stack(
+      [
+        jnp.sum(
+          padded[:, i : i + d, j : j + h, k : k + w] * dy,
+          axis=(1, 2, 3),
+          dtype=jnp.float32,
+        )
+        for i, j, k in places
+      ]
+    )
   dkernel = dkernel.sum(1).reshape(kernel.shape)
   dx = depthwise_conv(dy, kernel[::-1, ::-1, ::-1])
   return dx, dkernel.astype(kernel.dtype)

@@ -8,6 +8,7 @@ the mesh it goes along.
 from collections.abc import Iterator
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -42,6 +43,7 @@ _FREE = (
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(')
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
+_TILE = re.compile(r':T\(([\d,]+)\)')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,8 @@ class Program:
 
   Attributes:
     flops: of matrix products, two for each multiply-add.
-    bytes: that go to and from memory, with all operands read once.
+    bytes: that go to and from memory, with all operands read once, and with
+      what the layout of arrays adds to them.
     collectives: in the order of the text.
     unknown_loops: loops that are counted as if they ran once, as the text does
       not tell how often they do.
@@ -99,6 +102,10 @@ class _Shape:
   dtype: str
   dims: tuple[int, ...]
   in_memory: bool  # and not in what a chip keeps beside its arithmetic
+  # How it lies in memory: axes from the innermost outwards, of which the first
+  # are padded to multiples of the tile's sizes, whose last is the innermost.
+  order: tuple[int, ...]
+  tile: tuple[int, ...]
 
   @property
   def elements(self) -> int:
@@ -110,6 +117,19 @@ class _Shape:
     if bits is None:
       bits = int(re.findall(r'\d+', self.dtype)[0])  # f32, s8, f8e4m3fn
     return math.ceil(self.elements * bits / 8)
+
+  @property
+  def padded_bytes(self) -> int:
+    """What it takes in memory: TPUs fill up rows of 128, among others."""
+    if not self.elements:
+      return 0
+    padded = self.bytes
+    sizes = itertools.chain(
+      (self.dims[a] for a in self.order), itertools.repeat(1)
+    )
+    for size, multiple in zip(sizes, reversed(self.tile), strict=False):
+      padded = padded * (-(-size // multiple) * multiple) // size
+    return padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,9 +234,12 @@ def _shapes(text: str) -> tuple[_Shape, ...]:
     _Shape(
       dtype,
       tuple(int(d) for d in dims.split(',') if d),
-      not re.search(r'S\([1-9]', layout or ''),
+      not re.search(r'S\([1-9]', layout),
+      tuple(int(d) for d in re.findall(r'\d+', layout.split(':')[0])),
+      tuple(int(d) for d in tile[1].split(',')) if tile else (),
     )
     for dtype, dims, layout in _SHAPE.findall(text)
+    for tile in [_TILE.search(layout)]
   )
 
 
@@ -341,29 +364,31 @@ def _bytes(
     return 0
   if i.opcode == 'custom-call' and 'AllocateBuffer' in i.rest:
     return 0
-  written = sum(shape.bytes for shape in i.shapes if shape.in_memory)
+  written = sum(shape.padded_bytes for shape in i.shapes if shape.in_memory)
   if i.opcode.endswith('-start'):  # its tuple names its operands as well
-    written = i.shapes[0].bytes if i.shapes and i.shapes[0].in_memory else 0
+    written = (
+      i.shapes[0].padded_bytes if i.shapes and i.shapes[0].in_memory else 0
+    )
   if i.opcode in ('slice-start', 'dynamic-slice-start'):
     # Names its operands, then what it cuts out of the first.
     result = i.shapes[len(i.operands)]
     source = computation[i.operands[0]].shapes[0]
-    return result.bytes * (result.in_memory + source.in_memory)
+    return result.padded_bytes * (result.in_memory + source.in_memory)
   if i.opcode in ('dynamic-slice', 'slice', 'gather'):
     return 2 * written
   if i.opcode == 'dynamic-update-slice':
     update = computation[i.operands[1]].shapes[0]
-    return 2 * update.bytes if i.shapes[0].in_memory else 0
+    return 2 * update.padded_bytes if i.shapes[0].in_memory else 0
   parts = {}  # of operands of which only a part is read
   if i.opcode == 'fusion':
     inside = computations[i.attribute('calls')]
     parts = _parts(inside)
     root = next((j for j in inside.values() if j.is_root), None)
     if root and root.opcode == 'dynamic-update-slice' and written:
-      written = inside[root.operands[1]].shapes[0].bytes
+      written = inside[root.operands[1]].shapes[0].padded_bytes
   read = 0
   for index, shapes in enumerate(_operand_shapes(i, computation)):
-    whole = sum(shape.bytes for shape in shapes if shape.in_memory)
+    whole = sum(shape.padded_bytes for shape in shapes if shape.in_memory)
     read += min(whole, parts.get(index, whole))
   return read + written
 
@@ -379,7 +404,7 @@ def _parts(inside: _Computation) -> dict[int, int]:
     for user in users:
       sliced = user.operands.index(parameter.name) == 0
       if user.opcode in ('dynamic-slice', 'slice') and sliced:
-        total += user.shapes[0].bytes
+        total += user.shapes[0].padded_bytes
       elif user.opcode == 'dynamic-update-slice' and sliced:
         total += 0  # written in place
       else:
