@@ -1,5 +1,6 @@
 """Kernels for TPUs compute attention; those for GPUs are asked for."""
 
+import itertools
 import re
 from typing import Any
 
@@ -77,6 +78,38 @@ def test_what_it_cannot_take_is_told():
   assert not tpu_attention.fits(392, 160, 32)
   assert not tpu_attention.fits(1031, 128, 32)  # a prime number of queries
   assert tpu_attention.fits(50176, 64, 32)
+
+
+@pytest.mark.parametrize('keys', [392, 456])
+def test_on_a_gpu_it_is_attention_with_its_gradients(keys):
+  if jax.default_backend() != 'gpu':
+    pytest.skip('there is no GPU: ITS ATTENTION WAS NOT TESTED')
+  rng = np.random.default_rng(0)
+  lengths = 392, keys, keys, 392
+  q, k, v, dout = (
+    jnp.asarray(rng.standard_normal((2, 2, length, 64)), jnp.bfloat16)
+    for length in lengths
+  )
+  vjp: Any = jax.vjp(lambda q, k, v: attention.attention(q, k, v, 2), q, k, v)
+  out, pullback = vjp
+  actual = [np.asarray(x, np.float64) for x in (out, *pullback(dout))]
+  expected = [np.zeros(x.shape) for x in actual]
+  exact = [np.asarray(x, np.float64) for x in (q, k, v, dout)]
+  for g, b, start in itertools.product(range(2), range(2), (0, 32)):
+    own = g, b, slice(None), slice(start, start + 32)
+    q64, k64, v64, dout64 = (x[own] for x in exact)
+    scores = np.exp(q64 @ k64.T / np.sqrt(32))
+    weights = scores / scores.sum(-1, keepdims=True)
+    dweights = dout64 @ v64.T
+    mean = (dweights * weights).sum(-1, keepdims=True)
+    dscores = weights * (dweights - mean) / np.sqrt(32)
+    expected[0][own] = weights @ v64
+    expected[1][own] = dscores @ k64
+    expected[2][own] = dscores.T @ q64
+    expected[3][own] = weights.T @ dout64
+  for x, y in zip(actual, expected, strict=True):
+    # bfloat16 has 8 bits.
+    assert np.linalg.norm(x - y) < 1e-2 * np.linalg.norm(y)
 
 
 def test_gpus_run_the_attention_of_cudnn_once_each_way(monkeypatch):

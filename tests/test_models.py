@@ -46,7 +46,8 @@ def converted(name: str, folder: pathlib.Path):
   pytorch.write_pth(src, reference_arrays.state_dict(name, seed=1))
   convert.pth_to_folder(src, dst, config)
   variables, description = checkpoint.load_model(dst)
-  return description.build_model(), variables
+  # They come to the CPU, whatever else is here.
+  return description.build_model(), jax.device_put(variables, jax.devices()[0])
 
 
 def assert_close(actual, expected, name, tolerance=1e-4):

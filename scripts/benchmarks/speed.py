@@ -57,6 +57,12 @@ STAGES = flags.DEFINE_list(
 FRAMES = flags.DEFINE_list('frames', '32', 'Frames of a clip.')
 PIXELS = flags.DEFINE_list('pixels', '224', 'Rows and columns of a clip.')
 PEERS_FLAG = flags.DEFINE_list('peers', ','.join(PEERS), 'What to compare.')
+TOGETHER = flags.DEFINE_bool(
+  'together',
+  False,
+  'Compile the programs of all cases at once: sooner done, where there are '
+  'cores and memory for it, but compiling takes as long as on a busy machine.',
+)
 ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed runs of each.', lower_bound=1)
 
 
@@ -64,13 +70,16 @@ class Program:
   """A worker that has compiled its program and waits."""
 
   def __init__(self, case: dict[str, Any]):
-    self.case, self.times = case, []
+    self.case, self.times, self.told = case, [], {}
     self.process = subprocess.Popen(
       [sys.executable, WORKER, json.dumps(case)],
       stdin=subprocess.PIPE,
       stdout=subprocess.PIPE,
       text=True,
     )
+
+  def wait(self) -> None:
+    """Waits until it has compiled."""
     self.told = self._answer()
 
   def _answer(self) -> dict[str, Any]:
@@ -103,12 +112,19 @@ class Program:
     return result
 
 
-def measure(case: dict[str, Any], peers: Sequence[str]) -> list[dict[str, Any]]:
-  """Returns what each peer took for the case, having taken turns."""
+def measure(
+  case: dict[str, Any], peers: Sequence[str], started: dict[str, Program]
+) -> list[dict[str, Any]]:
+  """Returns what each peer took for the case, having taken turns.
+
+  Those in `started` are compiling already.
+  """
   programs = []
   for peer in peers:
     start = time.perf_counter()
-    programs.append(Program({'peer': peer, **case}))
+    program = started.get(peer) or Program({'peer': peer, **case})
+    program.wait()
+    programs.append(program)
     took = time.perf_counter() - start
     print(f'  {peer}: ready after {took:.0f} s', file=sys.stderr, flush=True)
   for _ in range(ROUNDS.value):
@@ -176,17 +192,11 @@ def main(_: Sequence[str]) -> None:
   kept = json.loads(out.read_text()) if out and out.exists() else []
   peaks = {}
   for dtype in DTYPES.value:
-    peaks[dtype] = Program({'peer': 'peaks', 'dtype': dtype}).finish()
-  for variant, stage, what, dtype, clips, frames, pixels in itertools.product(
-    VARIANTS.value,
-    STAGES.value,
-    PASSES.value,
-    DTYPES.value,
-    CLIPS.value,
-    FRAMES.value,
-    PIXELS.value,
-  ):
-    case = {
+    program = Program({'peer': 'peaks', 'dtype': dtype})
+    program.wait()
+    peaks[dtype] = program.finish()
+  cases = [
+    {
       'variant': variant,
       'stage': int(stage),
       'pass': what,
@@ -195,14 +205,36 @@ def main(_: Sequence[str]) -> None:
       'num_frames': int(frames),
       'image_size': int(pixels),
     }
-    results = measure(case, PEERS_FLAG.value)
+    for variant, stage, what, dtype, clips, frames, pixels in itertools.product(
+      VARIANTS.value,
+      STAGES.value,
+      PASSES.value,
+      DTYPES.value,
+      CLIPS.value,
+      FRAMES.value,
+      PIXELS.value,
+    )
+  ]
+  started: list[dict[str, Program]] = [{} for _ in cases]
+  if TOGETHER.value:
+    for programs, case in zip(started, cases, strict=True):
+      for peer in PEERS_FLAG.value:
+        if not peer.startswith('eager'):  # there is nothing to compile
+          programs[peer] = Program({'peer': peer, **case})
+  for programs, case in zip(started, cases, strict=True):
+    results = measure(case, PEERS_FLAG.value, programs)
     show(results, peaks)
+    peak = peaks[case['dtype']]
+    device = peak['device']
     where = {
       'date': datetime.date.today().isoformat(),
-      'machine': f'{processor()}, {os.cpu_count()} cores',
-      'peak_flops': peaks[dtype]['peak_flops'],
-      'peak_bandwidth': peaks[dtype]['peak_bandwidth'],
+      'machine': f'{processor()}, {os.cpu_count()} cores'
+      if device == 'cpu'
+      else device,
+      'peak_flops': peak['peak_flops'],
+      'peak_bandwidth': peak['peak_bandwidth'],
       'flops': flops(case),
+      'compiled_together': TOGETHER.value,
     }
     for result in results:
       same = {'peer': result['peer'], 'machine': where['machine'], **case}

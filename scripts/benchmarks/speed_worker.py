@@ -3,8 +3,9 @@
   python scripts/benchmarks/speed_worker.py '{"peer": "jax", ...}'
 
 Builds what the case in its argument describes, prints a line of JSON about it,
-then answers each line it reads with the seconds that one more run took. At the
-end of its input it prints the peak of its memory.
+then answers each line it reads with the seconds that another run took. Runs
+that are short are timed many at a time, one behind the other as in training. At
+the end of its input it prints the peak of its memory.
 """
 # pyright: reportMissingImports=false
 # (of the extra `benchmark`, which nothing else needs)
@@ -14,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 import functools
 import json
+import math
 import os
 import resource
 import sys
@@ -22,8 +24,10 @@ from typing import Any
 
 import numpy as np
 
-# Makes what is to be timed, and what there is to tell about it.
-Prepared = tuple[Callable[[], None], dict[str, Any]]
+# Runs as often as told and waits for the last, and what there is to tell of it.
+Prepared = tuple[Callable[[int], None], dict[str, Any]]
+# At least as long is timed at a time, in seconds.
+_TIMED = 0.4
 PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
@@ -135,10 +139,13 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
   told['device'] = jax.devices()[0].device_kind
   told['version'] = f'jax {jax.__version__}'
 
-  def run() -> None:
-    out = jax.block_until_ready(compiled(*arguments))
-    if case['pass'] == 'step':
-      arguments[0] = out[0]
+  def run(times: int) -> None:
+    out = None
+    for _ in range(times):
+      out = compiled(*arguments)
+      if case['pass'] == 'step':
+        arguments[0] = out[0]
+    jax.block_until_ready(out)
 
   return run, told
 
@@ -175,19 +182,20 @@ def prepare_torch(case: dict[str, Any]) -> Prepared:
     with autocast:
       return score((clips.permute(0, 4, 1, 2, 3).float() - mean) / std)
 
-  def run() -> None:
-    if case['pass'] == 'step':
-      optimizer.zero_grad()
-      functional.cross_entropy(logits().float(), labels).backward()
-      optimizer.step()
-    else:
-      with torch.inference_mode():
-        logits()
+  def run(times: int) -> None:
+    for _ in range(times):
+      if case['pass'] == 'step':
+        optimizer.zero_grad()
+        functional.cross_entropy(logits().float(), labels).backward()
+        optimizer.step()
+      else:
+        with torch.inference_mode():
+          logits()
     if device.type == 'cuda':
       torch.cuda.synchronize()
 
   start = time.perf_counter()
-  run()
+  run(1)
   told = {
     'compile_s': time.perf_counter() - start,
     'version': f'torch {torch.__version__}',
@@ -204,7 +212,8 @@ def prepare_peaks(case: dict[str, Any]) -> Prepared:
 
   on_cpu = jax.default_backend() == 'cpu'
   size = 2048 if on_cpu else 8192
-  x = jnp.ones((size, size), case['dtype'])
+  # Random, as chips multiply what they know to be equal with less power.
+  x = jax.random.normal(jax.random.key(0), (size, size), case['dtype'])
   long = jnp.ones(2**26 if on_cpu else 2**30, 'float32')
   precision = 'highest' if case['dtype'] == 'float32' else None
   product = jax.jit(functools.partial(jnp.matmul, precision=precision))
@@ -225,7 +234,12 @@ def prepare_peaks(case: dict[str, Any]) -> Prepared:
     'device': jax.devices()[0].device_kind,
     'jax': jax.__version__,
   }
-  return lambda: None, told
+  return lambda _: None, told
+
+
+def on_cuda() -> bool:
+  """Returns whether PyTorch is loaded, and runs on a GPU."""
+  return 'torch' in sys.modules and sys.modules['torch'].cuda.is_available()
 
 
 def peak_bytes(case: dict[str, Any]) -> int:
@@ -236,7 +250,7 @@ def peak_bytes(case: dict[str, Any]) -> int:
     stats = jax.devices()[0].memory_stats()
     if stats and 'peak_bytes_in_use' in stats:
       return stats['peak_bytes_in_use']
-  elif 'torch' in sys.modules and sys.modules['torch'].cuda.is_available():
+  elif on_cuda():
     return sys.modules['torch'].cuda.max_memory_allocated()
   # In KiB on Linux, in bytes on macOS.
   unit = 1 if sys.platform == 'darwin' else 1024
@@ -255,12 +269,29 @@ def main() -> None:
     'peaks': prepare_peaks,
   }.get(case['peer'], prepare_torch)
   run, told = prepare(case)
-  run()  # warm-up
-  print(json.dumps(told), flush=True)
-  for _ in sys.stdin:
+
+  def seconds(times: int) -> float:
     start = time.perf_counter()
-    run()
-    print(json.dumps({'s': time.perf_counter() - start}), flush=True)
+    run(times)
+    return time.perf_counter() - start
+
+  run(1)  # warm-up
+  shares_memory = on_cuda()
+  if shares_memory:
+    import torch
+
+    torch.cuda.empty_cache()  # for those that warm up meanwhile
+  print(json.dumps(told), flush=True)
+  times = 1
+  for _ in sys.stdin:
+    if shares_memory:
+      run(1)  # takes it back
+      shares_memory = False
+    took = seconds(times)
+    if took < _TIMED:
+      times = math.ceil(times * _TIMED / took)
+      took = seconds(times)
+    print(json.dumps({'s': took / times}), flush=True)
   print(json.dumps({'peak_bytes': peak_bytes(case)}), flush=True)
 
 
