@@ -218,7 +218,11 @@ def test_coarse_kernels_share_the_reduction(grid, coarse_size, first, second):
   assert attention.coarse_kernels(grid, coarse_size) == (first, second)
 
 
-def test_the_positional_convolution_and_its_gradients_are_a_convolution():
+@pytest.mark.parametrize('platform', ['cpu', 'gpu', 'tpu'])
+def test_the_positional_convolution_and_its_gradients_are_a_convolution(
+  monkeypatch, platform
+):
+  monkeypatch.setattr(layers, 'platform', lambda: platform)
   rng = np.random.default_rng(0)
   x = jnp.asarray(rng.standard_normal((2, 4, 5, 6, 3)), jnp.float32)
   kernel = jnp.asarray(rng.standard_normal((3, 3, 3, 3)), jnp.float32)

@@ -328,25 +328,24 @@ def _depthwise_conv_bwd(residuals, dy):
       x_i = jax.lax.dynamic_slice(frames, (0, *place, 0), (b, 1, h, w, c))[:, 0]
       return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
 
-    if platform() == 'cpu':
-      # As a loop: one by one, the compiler makes 27 copies and 27 sums of them.
-      return total + jax.lax.map(product, jnp.array(places)), None
-    return total + jnp.stack([product(place) for place in places]), None
+    return total + jax.lax.map(product, jnp.array(places)), None
 
-  if platform() == 'tpu':
-    # One pass over x and dy. Compilers for GPUs make 27, and take minutes.
+  if platform() == 'cpu':
+    # As loops: one by one, the compiler makes 27 copies and 27 sums of them.
+    zeros = jnp.zeros((27, b, c), jnp.float32)
+    dkernel, _ = jax.lax.scan(add_frame, zeros, jnp.arange(d))
+  else:
+    # On TPUs, one pass over x and dy. Of all frames at once, the compiler for
+    # GPUs would take a minute longer.
     sums = [
       jnp.sum(
         padded[:, i : i + d, j : j + h, k : k + w] * dy,
-        axis=(1, 2, 3),
+        axis=(2, 3),
         dtype=jnp.float32,
       )
       for i, j, k in places
     ]
-    dkernel = jnp.stack(sums)
-  else:
-    zeros = jnp.zeros((27, b, c), jnp.float32)
-    dkernel, _ = jax.lax.scan(add_frame, zeros, jnp.arange(d))
+    dkernel = jnp.stack(sums).sum(2)
   dkernel = dkernel.sum(1).reshape(kernel.shape)
   dx = depthwise_conv(dy, kernel[::-1, ::-1, ::-1])
   return dx, dkernel.astype(kernel.dtype)
