@@ -46,22 +46,22 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
     name = '{variant} {pass}\n{dtype}, batch {clips}'.format(**result)
     cases.setdefault(name, []).append(result)
   figure, axes = plt.subplots(
-    1, len(cases), figsize=(1.6 * len(cases) + 1, 3.4), squeeze=False
+    1, len(cases), figsize=(max(1.6 * len(cases) + 1, 8), 3.6), squeeze=False
   )
   for axis, (name, programs) in zip(axes[0], cases.items(), strict=True):
     for place, result in enumerate(programs):
       rate = result.get('clips_per_s', 0)
       peer = result['peer']
       bar = axis.bar(place, rate, color=COLORS[peer], label=NAMES[peer])
-      axis.bar_label(bar, [f'{rate:.2f}'], fontsize=8)
+      axis.bar_label(bar, [f'{rate:.3g}'], fontsize=8)
     axis.set_title(name, fontsize=8)
     axis.set_xticks([])
     axis.margins(y=0.12)
     axis.spines[['top', 'right']].set_visible(False)
   axes[0][0].set_ylabel('clips per second')
   handles, labels = axes[0][0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='lower center', ncols=4, fontsize=8)
-  figure.tight_layout(rect=(0, 0.08, 1, 1))
+  figure.legend(handles, labels, loc='lower center', ncols=3, fontsize=8)
+  figure.tight_layout(rect=(0, 0.12, 1, 1))
 
 
 def draw_scaling(results: list[dict[str, Any]]) -> None:
