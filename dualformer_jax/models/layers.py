@@ -319,18 +319,20 @@ def _depthwise_conv_bwd(residuals, dy):
 
   # Sums of each clip first: the batch may be spread over devices, which then
   # add up once.
-  def add_frame(total, i):
-    """Adds what token frame i of dy gives to the kernel's gradient."""
-    frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
-    dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
-
-    def product(place):
-      x_i = jax.lax.dynamic_slice(frames, (0, *place, 0), (b, 1, h, w, c))[:, 0]
-      return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
-
-    return total + jax.lax.map(product, jnp.array(places)), None
-
   if platform() == 'cpu':
+
+    def add_frame(total, i):
+      """Adds what token frame i of dy gives to the kernel's gradient."""
+      frames = jax.lax.dynamic_slice_in_dim(padded, i, 3, axis=1)
+      dy_i = jax.lax.dynamic_index_in_dim(dy, i, axis=1, keepdims=False)
+
+      def product(place):
+        size = (b, 1, h, w, c)
+        x_i = jax.lax.dynamic_slice(frames, (0, *place, 0), size)[:, 0]
+        return jnp.sum(x_i * dy_i, axis=(1, 2), dtype=jnp.float32)
+
+      return total + jax.lax.map(product, jnp.array(places)), None
+
     # As loops: one by one, the compiler makes 27 copies and 27 sums of them.
     zeros = jnp.zeros((27, b, c), jnp.float32)
     dkernel, _ = jax.lax.scan(add_frame, zeros, jnp.arange(d))

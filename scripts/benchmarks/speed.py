@@ -225,19 +225,19 @@ def main(_: Sequence[str]) -> None:
     results = measure(case, PEERS_FLAG.value, programs)
     show(results, peaks)
     peak = peaks[case['dtype']]
-    device = peak['device']
+    machine = peak['device']
+    if machine == 'cpu':
+      machine = f'{processor()}, {os.cpu_count()} cores'
     where = {
       'date': datetime.date.today().isoformat(),
-      'machine': f'{processor()}, {os.cpu_count()} cores'
-      if device == 'cpu'
-      else device,
+      'machine': machine,
       'peak_flops': peak['peak_flops'],
       'peak_bandwidth': peak['peak_bandwidth'],
       'flops': flops(case),
       'compiled_together': TOGETHER.value,
     }
     for result in results:
-      same = {'peer': result['peer'], 'machine': where['machine'], **case}
+      same = {'peer': result['peer'], 'machine': machine, **case}
       kept = [r for r in kept if any(r[k] != v for k, v in same.items())]
       kept.append(where | result)
     if out:
