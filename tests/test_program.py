@@ -129,6 +129,14 @@ def test_what_lies_beside_the_arithmetic_is_no_traffic():
   assert program.read(text, mesh()).bytes == 2 * (2 * 32)
 
 
+def test_what_is_named_twice_is_read_once():
+  text = entry(
+    '%x = bf16[8,4]{1,0} parameter(0)',
+    'ROOT %y = bf16[8,4]{1,0} multiply(%x, %x)',
+  )
+  assert program.read(text, mesh()).bytes == 2 * (2 * 32)
+
+
 def test_of_what_is_sliced_the_slice_is_read():
   text = """HloModule jit_f
 

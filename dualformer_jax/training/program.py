@@ -386,11 +386,14 @@ def _bytes(
     root = next((j for j in inside.values() if j.is_root), None)
     if root and root.opcode == 'dynamic-update-slice' and written:
       written = inside[root.operands[1]].shapes[0].padded_bytes
-  read = 0
-  for index, shapes in enumerate(_operand_shapes(i, computation)):
+  read: dict[str, int] = {}  # once each: x * x names its operand twice
+  for index, (name, shapes) in enumerate(
+    zip(i.operands, _operand_shapes(i, computation), strict=True)
+  ):
     whole = sum(shape.padded_bytes for shape in shapes if shape.in_memory)
-    read += min(whole, parts.get(index, whole))
-  return read + written
+    part = read.get(name, 0) + parts.get(index, whole)
+    read[name] = min(whole, part)
+  return sum(read.values()) + written
 
 
 def _parts(inside: _Computation) -> dict[int, int]:
