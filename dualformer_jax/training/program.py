@@ -387,12 +387,10 @@ def _bytes(
     if root and root.opcode == 'dynamic-update-slice' and written:
       written = inside[root.operands[1]].shapes[0].padded_bytes
   read: dict[str, int] = {}  # once each: x * x names its operand twice
-  for index, (name, shapes) in enumerate(
-    zip(i.operands, _operand_shapes(i, computation), strict=True)
-  ):
+  for index, name in enumerate(i.operands):
+    shapes = computation[name].shapes
     whole = sum(shape.padded_bytes for shape in shapes if shape.in_memory)
-    part = read.get(name, 0) + parts.get(index, whole)
-    read[name] = min(whole, part)
+    read[name] = min(whole, read.get(name, 0) + parts.get(index, whole))
   return sum(read.values()) + written
 
 
