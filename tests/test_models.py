@@ -336,6 +336,22 @@ def test_what_is_recomputed_changes_memory_and_nothing_else():
   assert memory[0] > memory[1] > memory[2]
 
 
+def test_on_cpus_what_is_kept_is_not_copied_and_precision_is_reduced_as_asked():
+  x = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
+  reduce = jax.jit(jax.lax.reduce_precision, static_argnums=(1, 2))
+  for dtype, bits, copies in (
+    ('float32', (8, 23), False),
+    ('float32', (8, 7), True),
+    ('bfloat16', (8, 7), True),  # may be kept in more digits meanwhile
+  ):
+    text = reduce.lower(jnp.asarray(x, dtype), *bits).as_text()
+    assert ('stablehlo.reduce_precision' in text) == copies, (dtype, bits)
+  np.testing.assert_array_equal(reduce(x, 8, 23), x)
+  expected = x.astype(jnp.bfloat16).astype(np.float32)  # by ml_dtypes
+  assert (expected != x).any()
+  np.testing.assert_array_equal(reduce(x, 8, 7), expected)
+
+
 def test_branches_are_dropped_sample_by_sample_and_only_in_training():
   model = DualFormer(**SMALL, drop_path_rate=0.9, head_dropout=0.0)
   clip = np.random.default_rng(0).standard_normal((1, 16, 64, 64, 3))

@@ -7,6 +7,9 @@ import flax.struct
 import jax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.xla_metadata import set_xla_metadata
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import stablehlo
+from jax.interpreters import mlir
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import numpy as np
@@ -163,6 +166,30 @@ def run_block(
 
   run = nn.custom_vjp(call, forward, backward, grad_vars='params')
   return run(block, x, branch_scales)
+
+
+def _lower_reduce_precision(
+  _: mlir.LoweringRuleContext,
+  x: ir.Value,
+  *,
+  exponent_bits: int,
+  mantissa_bits: int,
+) -> list[ir.Value]:
+  """Lowers reduce_precision on CPUs, to nothing where it changes nothing.
+
+  So jax.checkpoint marks what it keeps, as some compilers use more digits than
+  they keep. XLA on a CPU does not, of float32, and made a copy for each mark.
+  """
+  element_type = ir.RankedTensorType(x.type).element_type
+  bits = exponent_bits, mantissa_bits
+  if isinstance(element_type, ir.F32Type) and bits == (8, 23):
+    return [x]
+  return [stablehlo.reduce_precision(x, exponent_bits, mantissa_bits)]
+
+
+mlir.register_lowering(
+  jax.lax.reduce_precision_p, _lower_reduce_precision, platform='cpu'
+)
 
 
 class Backbone(nn.Module):

@@ -186,7 +186,8 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
   """Returns what to tell the compiler of training and evaluation steps.
 
   That of CPUs is told to optimise less: what takes the time is fused before, or
-  in libraries, so that it compiles sooner and is as fast.
+  in libraries, so that it compiles sooner and is as fast. And to use vectors as
+  wide as those of AVX-512, where there are; by default it takes half.
 
   That of TPUs would, along `fsdp`, mix gathers of weights, and sums of their
   gradients, with the products that they are for, piece by piece ("windowed
@@ -196,7 +197,10 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
   """
   platform = mesh.devices.flat[0].platform
   if platform == 'cpu':
-    return {'xla_backend_optimization_level': '1'}
+    return {
+      'xla_backend_optimization_level': '1',
+      'xla_cpu_prefer_vector_width': '512',
+    }
   if mesh.shape['fsdp'] == 1 or platform != 'tpu':
     return {}
   # In MiB: what is smaller is done as written.
