@@ -27,7 +27,7 @@ NUM_KILLS = 10
 NUM_STEPS = 120
 FLAGS = (
   *training_command.TINY,
-  '--config.num_epochs=20',
+  f'--config.num_epochs={NUM_STEPS // 6}',
   '--config.validation.every_epochs=5',
   '--config.checkpoint.every_steps=4',
   '--config.log_every_steps=1',

@@ -177,8 +177,8 @@ def _lower_reduce_precision(
 ) -> list[ir.Value]:
   """Lowers reduce_precision on CPUs, to nothing where it changes nothing.
 
-  So jax.checkpoint marks what it keeps, as some compilers use more digits than
-  they keep. XLA on a CPU does not, of float32, and made a copy for each mark.
+  With it jax.checkpoint marks what it keeps, as some compilers use more digits
+  than they keep. XLA on a CPU does not, of float32, and copies what is marked.
   """
   element_type = ir.RankedTensorType(x.type).element_type
   bits = exponent_bits, mantissa_bits
