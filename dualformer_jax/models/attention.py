@@ -128,10 +128,10 @@ def _blocked_attention_fwd(q, k, v, is_key):
   def attend(q, k, v, is_key):
     scores = _scores(q * q.shape[-1] ** -0.5, k, is_key)
     largest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - largest)
-    total = weights.sum(-1)
-    out = _product('gbnlm,gbmne->gbnle', weights.astype(v.dtype), v)
-    out = jnp.moveaxis(out / total[..., None], 2, 3).astype(q.dtype)
+    weights = jnp.exp(scores - largest).astype(v.dtype)
+    total = weights.sum(-1, dtype=jnp.float32)
+    out = _product('gbnlm,gbmne->gbnle', weights, v)
+    out = jnp.moveaxis(out / total[..., None], 2, 3)
     return out, largest[..., 0] + jnp.log(total)
 
   steps, over_groups = _steps(q, k)
@@ -141,7 +141,9 @@ def _blocked_attention_fwd(q, k, v, is_key):
     out, log_total = jax.lax.map(lambda block: attend(*block), operands)
   else:
     out, log_total = jax.lax.map(lambda q: attend(q, k, v, is_key), q_steps)
-  out = checkpoint_name(_join(out, 0 if over_groups else 2), 'attention')
+  # Cast here, as a loop on a CPU would cast all of it anew for each block.
+  out = _join(out, 0 if over_groups else 2).astype(q.dtype)
+  out = checkpoint_name(out, 'attention')
   log_total = checkpoint_name(log_total, 'attention')
   return out, (q, k, v, is_key, out, log_total)
 
@@ -155,14 +157,15 @@ def _blocked_attention_bwd(residuals, dout):
     # sees the same product twice would keep the first one's scores.
     k = k * scale
     weights = jnp.exp(_scores(q, k, is_key) - log_total[..., None])
+    weights = weights.astype(v.dtype)
     # The products are written so that no matrix of scores is transposed.
-    dv = _product('gblne,gbnlm->gbnem', dout, weights.astype(v.dtype))
+    dv = _product('gblne,gbnlm->gbnem', dout, weights)
     dweights = _product('gblne,gbmne->gbnlm', dout, v)
-    mean = jnp.einsum('gblne->gbnl', (dout * out).astype(jnp.float32))
+    mean = jnp.einsum('gblne->gbnl', dout.astype(jnp.float32) * out)
     dscores = (weights * (dweights - mean[..., None])).astype(q.dtype)
     dq = _product('gbnlm,gbmne->gbnle', dscores, k)
     dk = _product('gblne,gbnlm->gbnem', q * scale, dscores)
-    return jnp.moveaxis(dq, 2, 3).astype(q.dtype), dk, dv
+    return jnp.moveaxis(dq, 2, 3), dk, dv
 
   steps, over_groups = _steps(q, k)
   axis = 0 if over_groups else 2
@@ -184,7 +187,12 @@ def _blocked_attention_bwd(residuals, dout):
     operands = q_steps, out, log_total, dout
     (dk, dv), dq = jax.lax.scan(add, zeros, operands)
   dk, dv = (rearrange(x, 'g b n e m -> g b m n e') for x in (dk, dv))
-  return _join(dq, axis), dk.astype(k.dtype), dv.astype(v.dtype), None
+  return (
+    _join(dq, axis).astype(q.dtype),
+    dk.astype(k.dtype),
+    dv.astype(v.dtype),
+    None,
+  )
 
 
 blocked_attention.defvjp(_blocked_attention_fwd, _blocked_attention_bwd)

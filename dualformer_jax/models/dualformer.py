@@ -31,8 +31,12 @@ from dualformer_jax.models.layers import (
 
 
 def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-  """The exact GELU, by erf: as PyTorch does, and less work than by erfc."""
-  return 0.5 * x * (1 + jax.lax.erf(x * 0.5**0.5))
+  """The exact GELU, by erf: as PyTorch does, and less work than by erfc.
+
+  In float32 between, as there is too little of bfloat16 for its constants.
+  """
+  y = x.astype(jnp.float32)
+  return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
 
 
 class Mlp(nn.Module):
@@ -178,11 +182,11 @@ def _lower_reduce_precision(
   """Lowers reduce_precision on CPUs, to nothing where it changes nothing.
 
   With it jax.checkpoint marks what it keeps, as some compilers use more digits
-  than they keep. XLA on a CPU does not, of float32, and copies what is marked.
+  than they keep. XLA on a CPU copies what is marked.
   """
   element_type = ir.RankedTensorType(x.type).element_type
-  bits = exponent_bits, mantissa_bits
-  if isinstance(element_type, ir.F32Type) and bits == (8, 23):
+  own_bits = {ir.F32Type: (8, 23), ir.BF16Type: (8, 7)}.get(type(element_type))
+  if own_bits == (exponent_bits, mantissa_bits):
     return [x]
   return [stablehlo.reduce_precision(x, exponent_bits, mantissa_bits)]
 
