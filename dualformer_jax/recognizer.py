@@ -44,7 +44,7 @@ class Recognizer:
   ):
     """Makes a recognizer of what `checkpoint.load_model` returns; see load."""
     if dtype is None and jax.default_backend() == 'cpu':
-      dtype = 'float32'  # where bfloat16 is slower, too
+      dtype = 'float32'  # where few have instructions for bfloat16
     changes = {} if dtype is None else {'dtype': dtype}
     self.class_names = description.class_names
     self.preprocessing = description.preprocessing

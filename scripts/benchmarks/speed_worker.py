@@ -216,7 +216,13 @@ def prepare_peaks(case: dict[str, Any]) -> Prepared:
   x = jax.random.normal(jax.random.key(0), (size, size), case['dtype'])
   long = jnp.ones(2**26 if on_cpu else 2**30, 'float32')
   precision = 'highest' if case['dtype'] == 'float32' else None
-  product = jax.jit(functools.partial(jnp.matmul, precision=precision))
+  # XLA on a CPU uses what the CPU has for bfloat16 only with float32 sums.
+  sums = 'float32' if on_cpu else None
+  product = jax.jit(
+    functools.partial(
+      jnp.matmul, precision=precision, preferred_element_type=sums
+    )
+  )
   # In place: new memory is slow on the first touch.
   add = jax.jit(lambda x: x + 1, donate_argnums=0)
 
