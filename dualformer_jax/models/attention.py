@@ -187,12 +187,8 @@ def _blocked_attention_bwd(residuals, dout):
     operands = q_steps, out, log_total, dout
     (dk, dv), dq = jax.lax.scan(add, zeros, operands)
   dk, dv = (rearrange(x, 'g b n e m -> g b m n e') for x in (dk, dv))
-  return (
-    _join(dq, axis).astype(q.dtype),
-    dk.astype(k.dtype),
-    dv.astype(v.dtype),
-    None,
-  )
+  dq = _join(dq, axis)
+  return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype), None
 
 
 blocked_attention.defvjp(_blocked_attention_fwd, _blocked_attention_bwd)

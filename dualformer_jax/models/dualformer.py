@@ -33,7 +33,7 @@ from dualformer_jax.models.layers import (
 def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
   """The exact GELU, by erf: as PyTorch does, and less work than by erfc.
 
-  In float32 between, as there is too little of bfloat16 for its constants.
+  Computed in float32, as bfloat16 has too few digits for its constants.
   """
   y = x.astype(jnp.float32)
   return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)

@@ -187,6 +187,8 @@ def _bfloat16_dot_bwd(residuals, dy):
   dy = dy.astype(x.dtype)
   dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
   dx = dot('no,io->ni', dy, kernel.astype(x.dtype)).astype(x.dtype)
+  # What is smaller is transposed, and then the result by a copy, too: XLA would
+  # swap the factors instead.
   if x.shape[1] <= dy.shape[1]:
     dkernel = dot('in,no->io', _transpose(x), dy)
   else:
