@@ -418,13 +418,13 @@ def test_an_interrupt_ends_what_is_live_and_keeps_the_timeline(
       cwd=tmp_path,
       stdout=subprocess.PIPE,
       stderr=subprocess.PIPE,
-      text=True,
+      bufsize=0,  # or communicate loses what is read beyond the first line
     )
     assert process.stdout is not None
     first = process.stdout.readline()
     process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=60)
-  assert (process.returncode, errors) == (0, '')
+  assert (process.returncode, errors) == (0, b'')
   assert json.loads(first)['start'] == 0.0
   rows = (tmp_path / 't.csv').read_text().splitlines()
   assert len(rows) == 1 + 1 + len(rest.splitlines())
