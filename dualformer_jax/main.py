@@ -57,7 +57,7 @@ def main() -> None:
     jax.config.update('jax_compilation_cache_dir', cache)
 
   from dualformer_jax import processes
-  from dualformer_jax.training import loop, profile
+  from dualformer_jax.training import loop, profile, sharding
 
   workdir = _WORKDIR.value
   assert workdir is not None  # cli requires it
@@ -70,6 +70,7 @@ def main() -> None:
   with processes.joined(
     _ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
   ):
+    sharding.keep_memory()
     if _MODE.value == 'train':
       loop.train_and_test(_CONFIG.value, workdir)
     elif _MODE.value == 'test':

@@ -1,9 +1,12 @@
 """Where arrays lie changes what devices hold, never what a step computes."""
 
 import json
+import os
 import pathlib
+import platform
 import re
 import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -243,3 +246,42 @@ def test_sixty_steps_of_motion_are_the_same_on_any_number_of_devices(trainings):
     )
   reports = [json.loads((w / 'report.json').read_text()) for w in trainings]
   assert len({report['top1'] for report in reports}) == 1
+
+
+# --- Memory between steps
+
+_PAGES = """
+import resource, sys
+import jax, jax.numpy as jnp
+from dualformer_jax.training import sharding
+if sys.argv[1] == 'kept':
+  sharding.keep_memory()
+# The product, of 64 MiB, is in memory between.
+step = jax.jit(lambda x: jnp.sum(jnp.sin(x @ x.T)))
+x = jnp.ones([4096, 64])
+for _ in range(8):
+  jax.block_until_ready(step(x))
+  print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(
+  platform.libc_ver()[0] != 'glibc', reason='memory is kept with glibc alone'
+)
+def test_a_step_takes_the_memory_of_the_one_before():
+  def pages(how: str) -> int:
+    """Returns how many pages the last four of eight steps were given."""
+    done = subprocess.run(
+      [sys.executable, '-c', _PAGES, how],
+      check=True,
+      capture_output=True,
+      text=True,
+      # In large pages there would be too few to tell.
+      env=os.environ | {'GLIBC_TUNABLES': '', 'JAX_PLATFORMS': 'cpu'},
+    )
+    counts = [int(line) for line in done.stdout.split()]
+    return counts[7] - counts[3]
+
+  in_all = 4 * 2**26 // os.sysconf('SC_PAGE_SIZE')
+  assert pages('anew') > in_all / 2
+  assert pages('kept') < in_all / 20

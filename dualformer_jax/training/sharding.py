@@ -7,6 +7,7 @@ channels (as in Megatron-LM, 1909.08053).
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import ctypes
 import re
 from typing import Any
 
@@ -205,6 +206,30 @@ def compiler_options(mesh: Mesh) -> dict[str, str]:
     return {}
   # In MiB: what is smaller is done as written.
   return {'xla_jf_spmd_threshold_for_windowed_einsum_mib': '1000000'}
+
+
+def keep_memory() -> None:
+  """On CPUs, lets a step take the memory that the one before has used.
+
+  For what it computes between, XLA asks for memory anew at each step, gigabytes
+  at once, which glibc has from the system and gives back: each page is then
+  given, cleared and mapped again, a fifth of a step of training. Here glibc
+  keeps what it has once had, so that the process stays as large as it ever was.
+  It does so only in the main thread, so that JAX has to compute in the thread
+  that calls it.
+
+  To be called before JAX computes anything; does nothing where there are other
+  devices, or no glibc.
+  """
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
+  try:
+    mallopt = ctypes.CDLL(None).mallopt
+  except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
+    return
+  if jax.default_backend() == 'cpu':
+    # The numbers are those of malloc.h.
+    mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too,
+    mallopt(-1, -1)  # M_TRIM_THRESHOLD: which never becomes smaller
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, Any]:

@@ -17,7 +17,8 @@ moved for less.
 A peer is 'jax', the package; 'jax-full', the package with all tokens attending
 to all, as a plain video transformer would; or a way to run torch_peer.py: eager
 or compile, and with -sdpa by PyTorch's fused attention. With bfloat16 these run
-under autocast.
+under autocast. With -kept the process keeps its memory from step to step, as
+that of 'jax' does on a CPU.
 """
 
 from collections.abc import Sequence

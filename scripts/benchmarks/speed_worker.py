@@ -84,6 +84,7 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
   model = DualFormer(
     **model_fields(case), drop_path_rate=0.1, dtype=case['dtype']
   )
+  sharding.keep_memory()  # as in training
   one = {'data': 1, 'fsdp': 1, 'tensor': 1}
   mesh = sharding.make_mesh(one, case['clips'], devices=jax.devices()[:1])
   options = sharding.compiler_options(mesh)
@@ -157,6 +158,10 @@ def prepare_torch(case: dict[str, Any]) -> Prepared:
   import torch_peer
 
   options = case['peer'].split('-')
+  if 'kept' in options:
+    from dualformer_jax.training import sharding
+
+    sharding.keep_memory()
   device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
   # What a user gets: TensorFloat-32 would not be float32.
   torch.backends.cuda.matmul.allow_tf32 = False
