@@ -269,8 +269,8 @@ for _ in range(8):
   platform.libc_ver()[0] != 'glibc', reason='memory is kept with glibc alone'
 )
 def test_a_step_takes_the_memory_of_the_one_before():
-  def pages(how: str) -> int:
-    """Returns how many pages the last four of eight steps were given."""
+  def pages(how: str) -> float:
+    """Returns how many pages a step was given, the median of seven."""
     done = subprocess.run(
       [sys.executable, '-c', _PAGES, how],
       check=True,
@@ -280,8 +280,9 @@ def test_a_step_takes_the_memory_of_the_one_before():
       env=os.environ | {'GLIBC_TUNABLES': '', 'JAX_PLATFORMS': 'cpu'},
     )
     counts = [int(line) for line in done.stdout.split()]
-    return counts[7] - counts[3]
+    # One step may begin before the memory of another is free.
+    return float(np.median(np.diff(counts)))
 
-  in_all = 4 * 2**26 // os.sysconf('SC_PAGE_SIZE')
+  in_all = 2**26 // os.sysconf('SC_PAGE_SIZE')
   assert pages('anew') > in_all / 2
   assert pages('kept') < in_all / 20
