@@ -117,8 +117,13 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
     )
     arguments = [state, {'clips': clips, 'labels': labels}]
   else:
-    variables = jax.jit(model.init)(
-      jax.random.key(0), jnp.zeros(model.input_shape())
+    # Any will do. To compile what initialises takes more memory than scoring.
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(
+      lambda x: jnp.asarray(rng.uniform(0, 0.02, x.shape), x.dtype),
+      jax.eval_shape(
+        model.init, jax.random.key(0), jnp.zeros(model.input_shape())
+      ),
     )
     normalize = functools.partial(augment.normalize, **pixels)
     function = jax.jit(
