@@ -11,6 +11,7 @@ clips; otherwise the clips that each program does in a second.
 # (of the extra `benchmark`, which nothing else needs)
 
 import json
+import math
 import pathlib
 import sys
 from typing import Any
@@ -24,6 +25,7 @@ NAMES = {
   'jax': 'dualformer_jax',
   'jax-full': 'full space-time attention',
   'eager': 'PyTorch, eager',
+  'eager-kept': 'PyTorch, eager, memory kept',
   'eager-sdpa': 'PyTorch, eager, SDPA',
   'compile': 'PyTorch, compiled',
   'compile-sdpa': 'PyTorch, compiled, SDPA',
@@ -45,23 +47,37 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
       continue
     name = '{variant} {pass}\n{dtype}, batch {clips}'.format(**result)
     cases.setdefault(name, []).append(result)
+  rows = math.ceil(len(cases) / 6)
+  columns = math.ceil(len(cases) / rows)
   figure, axes = plt.subplots(
-    1, len(cases), figsize=(max(1.6 * len(cases) + 1, 8), 3.6), squeeze=False
+    rows,
+    columns,
+    figsize=(max(1.6 * columns + 1, 8), 2.8 * rows + 0.8),
+    squeeze=False,
   )
-  for axis, (name, programs) in zip(axes[0], cases.items(), strict=True):
+  bars = {}  # for the legend; a case may lack a program
+  for axis in axes.flat[len(cases) :]:
+    axis.remove()
+  for axis, (name, programs) in zip(axes.flat, cases.items(), strict=False):
     for place, result in enumerate(programs):
       rate = result.get('clips_per_s', 0)
       peer = result['peer']
-      bar = axis.bar(place, rate, color=COLORS[peer], label=NAMES[peer])
+      bar = bars[NAMES[peer]] = axis.bar(place, rate, color=COLORS[peer])
       axis.bar_label(bar, [f'{rate:.3g}'], fontsize=8)
     axis.set_title(name, fontsize=8)
     axis.set_xticks([])
     axis.margins(y=0.12)
     axis.spines[['top', 'right']].set_visible(False)
-  axes[0][0].set_ylabel('clips per second')
-  handles, labels = axes[0][0].get_legend_handles_labels()
-  figure.legend(handles, labels, loc='lower center', ncols=3, fontsize=8)
-  figure.tight_layout(rect=(0, 0.12, 1, 1))
+  for axis in axes[:, 0]:
+    axis.set_ylabel('clips per second')
+  figure.legend(
+    bars.values(),
+    bars.keys(),
+    loc='lower center',
+    ncols=min(len(bars), 4),
+    fontsize=8,
+  )
+  figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
 
 
 def draw_scaling(results: list[dict[str, Any]]) -> None:
