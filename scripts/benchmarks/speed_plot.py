@@ -114,7 +114,7 @@ def draw_scaling(results: list[dict[str, Any]]) -> None:
     axis.grid(alpha=0.3)
   axes[0, 0].set_ylabel('seconds a batch')
   axes[1, 0].set_ylabel('peak memory of the process (GB)')
-  axes[0, 0].legend(fontsize=8)
+  axes[1, 0].legend(fontsize=8, loc='upper left')
   figure.tight_layout()
 
 
