@@ -218,14 +218,14 @@ def keep_memory() -> None:
   It does so only in the main thread, so that JAX has to compute in the thread
   that calls it.
 
-  To be called before JAX computes anything; does nothing where there are other
-  devices, or no glibc.
+  To be called before JAX computes anything. Without glibc it does nothing, and
+  where JAX computes on other devices, nothing to memory.
   """
-  jax.config.update('jax_cpu_enable_async_dispatch', False)
   try:
     mallopt = ctypes.CDLL(None).mallopt
   except (AttributeError, OSError, TypeError):  # macOS, musl; Windows
     return
+  jax.config.update('jax_cpu_enable_async_dispatch', False)
   if jax.default_backend() == 'cpu':
     # The numbers are those of malloc.h.
     mallopt(-4, 0)  # M_MMAP_MAX: large blocks come from the heap, too,

@@ -25,10 +25,10 @@ NAMES = {
   'jax': 'dualformer_jax',
   'jax-full': 'full space-time attention',
   'eager': 'PyTorch, eager',
-  'eager-kept': 'PyTorch, eager, memory kept',
   'eager-sdpa': 'PyTorch, eager, SDPA',
   'compile': 'PyTorch, compiled',
   'compile-sdpa': 'PyTorch, compiled, SDPA',
+  'eager-kept': 'PyTorch, eager, memory kept',
 }
 MARKERS = {112: 'v', 224: 'o', 448: '^'}
 COLORS = dict(zip(NAMES, plt.get_cmap('tab10').colors, strict=False))

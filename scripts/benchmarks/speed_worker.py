@@ -84,16 +84,16 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
   model = DualFormer(
     **model_fields(case), drop_path_rate=0.1, dtype=case['dtype']
   )
-  sharding.keep_memory()  # as in training
+  sharding.keep_memory()  # as main does
   one = {'data': 1, 'fsdp': 1, 'tensor': 1}
   mesh = sharding.make_mesh(one, case['clips'], devices=jax.devices()[:1])
   options = sharding.compiler_options(mesh)
   clips, labels = map(jnp.asarray, inputs(case))
   pixels = dict(pixel_mean=PIXEL_MEAN, pixel_std=PIXEL_STD)
+  shapes = jax.eval_shape(
+    model.init, jax.random.key(0), jnp.zeros(model.input_shape())
+  )
   if case['pass'] == 'step':
-    shapes = jax.eval_shape(
-      model.init, jax.random.key(0), jnp.zeros(model.input_shape())
-    )
     adamw = optimizer.make_optimizer(
       shapes['params'],
       1e-3,
@@ -120,10 +120,7 @@ def prepare_jax(case: dict[str, Any]) -> Prepared:
     # Any will do. To compile what initialises takes more memory than scoring.
     rng = np.random.default_rng(0)
     variables = jax.tree.map(
-      lambda x: jnp.asarray(rng.uniform(0, 0.02, x.shape), x.dtype),
-      jax.eval_shape(
-        model.init, jax.random.key(0), jnp.zeros(model.input_shape())
-      ),
+      lambda x: jnp.asarray(rng.uniform(0, 0.02, x.shape), x.dtype), shapes
     )
     normalize = functools.partial(augment.normalize, **pixels)
     function = jax.jit(
