@@ -1,17 +1,28 @@
 #!/usr/bin/env bash
-# Runs the tests, in an environment of their own: .venv, made by the first run.
+# Runs the tests in an environment of their own, which the first run creates.
 #
-#   scripts/test.sh [arguments for pytest]
+#   scripts/test.sh [--fast] [arguments of pytest]
+#
+# --fast leaves out the slow tests: those that start several processes, train
+# by the command line, or compile whole models ahead of time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-# The figures that the tests compare with were printed by a CPU.
+if [[ ${1-} == --fast ]]; then
+  shift
+  set -- -m 'not slow' "$@"
+fi
+# The reference figures were computed on a CPU.
 export JAX_PLATFORMS=cpu
-# Most tests compile more than they compute: with these, compiling a step takes a
-# fifth of the time, and what is compiled is slower.
-export XLA_FLAGS="--xla_backend_optimization_level=0 \
---xla_cpu_use_fusion_emitters=false ${XLA_FLAGS-}"
-# A file's tests run in one process, as they share what they prepare; in order,
-# as the files of most tests are not those that take longest.
+# Most tests compile for longer than they compute.
+flags=$("$python" -c 'from tests import xla_flags
+print(xla_flags.fast_compilation(0))')
+export XLA_FLAGS="$flags ${XLA_FLAGS-}"
+# Compiled programs are shared by the processes, and kept for the next run. Only
+# with a maximal size (in bytes) do processes lock the folder.
+export JAX_COMPILATION_CACHE_DIR=$venv/compiled_tests
+export JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+# The tests of a file share what they prepare, so they run in one process.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
-  --dist=loadfile --no-loadscope-reorder "$@"
+  --dist=loadfile "$@"
