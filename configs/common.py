@@ -1,7 +1,7 @@
-"""Every field of a config, with the defaults: tiny on Kinetics-400.
+"""All config fields and their defaults: DualFormer-T on Kinetics-400.
 
-A recipe loads this file from beside itself, whatever the working directory, and
-changes what differs. Fields cannot be added, and keep their types.
+Recipes load this file and override values. The config is locked: recipes cannot
+add fields or change their types.
 """
 
 from ml_collections import config_dict
@@ -15,10 +15,10 @@ def get_config() -> config_dict.ConfigDict:
     {
       'model': {
         **variants.TINY,
-        'num_classes': 400,  # 0: as many as the dataset has
+        'num_classes': 400,  # 0: as in the dataset
         'num_frames': 32,
         'image_size': 224,
-        # Sizes are (frames, rows, columns) of tokens, one for each stage.
+        # Sizes in tokens (frames, rows, columns), one for each stage.
         'window': (8, 7, 7),
         'fine_sizes': ((8, 7, 7), (8, 7, 7), (8, 7, 7), (16, 7, 7)),
         'coarse_sizes': ((4, 4, 4), (4, 4, 4), None, None),
@@ -27,61 +27,68 @@ def get_config() -> config_dict.ConfigDict:
         'token_label': False,
         'remat': 'elementwise',  # or 'none', 'block'
         'dtype': 'bfloat16',  # or 'float32'
+        # Implementations of operations: the fastest for each platform,
+        # 'experimental' (docs/performance.md, "MLP branch and LayerNorm on
+        # Hopper"), or 'reference' for plain JAX, for debugging.
+        'kernels': 'auto',
       },
       'dataset': {
         'name': 'kinetics400',  # or 'name/config'
-        'data_dir': '~/tensorflow_datasets',  # as given to `tfds build`
+        'data_dir': '~/tensorflow_datasets',  # --data_dir of `tfds build`
         'train_split': 'train',
         'validation_split': 'validation',
         'test_split': 'validation',
-        'multi_label': False,
+        'multi_label': False,  # whether a video has several labels
         'sampling': 'dense',  # or 'uniform': one frame from each segment
         'frame_interval': 2,
         'train_short_side': 256,
         'random_crop': True,
-        'flip': True,  # left and right, in half of the training clips
-        'repeats': 1,  # training clips of each video that is read
-        'class_balanced': False,  # every class as often as any other
-        # RGB, on the scale of 0 to 255; (): those of init_from.
+        'flip': True,  # horizontally, half of the training clips
+        'repeats': 1,  # clips per video read, in training
+        'class_balanced': False,  # sample classes equally often
+        # RGB in 0..255. (): those of the init_from checkpoint, or ImageNet's if
+        # it is a .pth file, which does not store them.
         'pixel_mean': (123.675, 116.28, 103.53),
         'pixel_std': (58.395, 57.12, 57.375),
-        'num_threads': 16,  # that read and decode
+        'num_threads': 16,  # to read and decode videos
         'prefetch': 2,  # batches
       },
-      # What else is done to training clips; 0 is off.
+      # More augmentation of training clips; 0 is off.
       'augment': {
-        # Brightness, contrast and saturation times 1 -+ this, 0..1; the hue is
-        # turned by up to a quarter of it.
+        # Largest relative change of brightness, contrast and saturation, 0..1;
+        # hue changes by up to a quarter of it.
         'color_jitter': 0.0,
-        'rand_augment_ops': 0,  # operations on each clip
-        'rand_augment_magnitude': 9,  # how strong they are, 0..10
-        'random_erasing': 0.0,  # share of the clips
-        # Alpha of a Beta distribution; with both, each has half of the batches.
+        'rand_augment_ops': 0,  # operations per clip
+        'rand_augment_magnitude': 9,  # 0..10
+        'random_erasing': 0.0,  # probability
+        # Alpha of a Beta distribution; with both, one is drawn per batch.
         'mixup': 0.0,
         'cutmix': 0.0,
       },
-      # Besides the label of a clip, soft labels of its tokens, for a model with
-      # token_label: from a teacher's checkpoint folder, asked in each step, or
-      # from what dualformer_jax.token_labels stored of one.
+      # Soft labels of tokens, for a model with token_label: from a teacher's
+      # checkpoint, which runs in every step, or from a folder written by
+      # dualformer_jax.token_labels.
       'token_labels': {
         'teacher': '',
         'stored': '',
-        'top': 5,  # scores that are kept of a token; the others become 0
-        'weight': 0.5,  # share of the loss
-        'dtype': 'bfloat16',  # what the teacher computes in
+        'top': 5,  # logits kept per token, 0: all; the others are set to 0
+        'weight': 0.5,  # of the token loss; the class loss has 1 - weight
+        'dtype': 'bfloat16',  # of the teacher's computations
       },
-      # Devices along each axis; -1: all that remain.
+      # Number of devices along each axis; -1: the remaining devices.
       'mesh': {'data': -1, 'fsdp': 1, 'tensor': 1},
-      'batch_size': 64,  # clips an optimiser step, over all devices
-      'accumulation_steps': 1,  # passes that a batch is split into
+      'batch_size': 64,  # clips per optimizer step, over all devices
+      'accumulation_steps': 1,  # micro-batches of a batch
       'num_epochs': 30,
       'seed': 0,
-      # What to start from: a checkpoint folder, the workdir of a run, or a .pth
-      # file, of videos or of images. Classes, frames, size may be others.
+      # Pretrained model: a checkpoint folder, a workdir, a .pth or .safetensors
+      # file, of a video or an image model. Classes, frames and image size may
+      # differ.
       'init_from': '',
+      'init_from_ema': False,  # use the EMA weights of such a file
       'label_smoothing': 0.0,
-      'ema_decay': 0.0,  # 0.9999, say: use an average of the parameters
-      'overfit_steps': 0,  # of a check on one batch, before training
+      'ema_decay': 0.0,  # of an average of parameters, such as 0.9999; 0: off
+      'overfit_steps': 0,  # check that one batch can be overfit; 0: off
       'optimizer': {
         'learning_rate': 1e-3,
         'weight_decay': 0.02,
@@ -89,28 +96,38 @@ def get_config() -> config_dict.ConfigDict:
         'b1': 0.9,
         'b2': 0.999,
         'eps': 1e-8,
-        # (name, learning rate multiplier, decay multiplier); the first regular
-        # expression that matches all of a parameter's name counts.
+        # (regular expression, learning rate multiplier, decay multiplier); the
+        # first that matches the full name of a parameter applies.
         'multipliers': (
           ('backbone/pos_block.*', 1.0, 0.0),
           ('backbone/.*', 0.1, 1.0),
           ('.*', 1.0, 1.0),
         ),
-        'layer_decay': 1.0,  # of the rate, for each layer away from the head
-        'max_grad_norm': 0.0,  # clips gradients to it; 0: never
-        'frozen': '',  # a regular expression of names that are not trained
+        'layer_decay': 1.0,  # of the learning rate, per layer below the head
+        'max_grad_norm': 0.0,  # clip gradients to it; 0: off
+        'frozen': '',  # regular expression of parameters not trained
       },
-      # Clips along a video, times crops along its longer side (1 or 3).
+      # Views of validation and test: clips per video, crops per clip (1 or 3).
       'validation': {
         'every_epochs': 5,
         'num_clips': 1,
         'num_crops': 1,
-        'patience': 0,  # stop after as many without a better one; 0: never
+        # Short side before cropping, as a multiple of image_size. In the test
+        # it is 1, as in the published recipes.
+        'resize_ratio': 256 / 224,
+        # Stop after this many validations without improvement; 0: off.
+        'patience': 0,
       },
-      'test': {'num_clips': 4, 'num_crops': 1},
+      'test': {
+        'num_clips': 4,
+        'num_crops': 1,
+        # Tested after training: 'latest', or 'best' of the validation; always
+        # 'best' with validation.patience.
+        'checkpoint': 'latest',
+      },
       'checkpoint': {
         'every_steps': 1000,
-        'keep': 1,  # of the newest, beside the best
+        'keep': 1,  # latest checkpoints, besides the best
       },
       'log_every_steps': 20,
     }

@@ -2,14 +2,14 @@ r"""
 python -m dualformer_jax.main --config=configs/diving48_small.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-S on Diving-48: published with 81.8% top-1.
+DualFormer-S on Diving-48. Published top-1: 81.8%.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/diving48 --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is a DualFormer-S of Kinetics-400: a workdir of configs/k400_small.py,
-or a published .pth file.
+INIT is a DualFormer-S trained on Kinetics-400: a workdir of
+configs/k400_small.py, or a published .pth file.
 """
 
 import pathlib

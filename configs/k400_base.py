@@ -2,14 +2,14 @@ r"""
 python -m dualformer_jax.main --config=configs/k400_base.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-B on Kinetics-400: published with 81.1% top-1.
+DualFormer-B on Kinetics-400. Published top-1: 81.1%.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is the .pth file of a DualFormer-B of images (ImageNet-1K).
-It is inflated to one of videos.
+INIT is the .pth file of a DualFormer-B image model (ImageNet-1K), which is
+inflated to video.
 """
 
 import pathlib

@@ -2,14 +2,14 @@ r"""
 python -m dualformer_jax.main --config=configs/k400_small.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-S on Kinetics-400: published with 80.6% top-1.
+DualFormer-S on Kinetics-400. Published top-1: 80.6%.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is the .pth file of a DualFormer-S of images (ImageNet-1K).
-It is inflated to one of videos.
+INIT is the .pth file of a DualFormer-S image model (ImageNet-1K), which is
+inflated to video.
 """
 
 import pathlib

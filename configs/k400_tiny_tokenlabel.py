@@ -5,15 +5,16 @@ python -m dualformer_jax.main --config=configs/k400_tiny_tokenlabel.py \
 
 DualFormer-T with the token-label head on Kinetics-400.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/kinetics400 --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is the .pth file of a DualFormer-T of images (ImageNet-1K).
-It is inflated to one of videos.
-TEACHER is a DualFormer-B of the same classes: a workdir of k400_base.py,
-or a published .pth converted with dualformer_jax.convert. To ask it only once,
-see dualformer_jax.token_labels.
+INIT is the .pth file of a DualFormer-T image model (ImageNet-1K), which is
+inflated to video.
+TEACHER is a DualFormer-B with the same classes: a workdir of
+configs/k400_base.py, or a published .pth file converted with
+dualformer_jax.convert. To run it once rather than in every step, see
+dualformer_jax.token_labels.
 """
 
 import pathlib
@@ -27,7 +28,7 @@ common = runpy.run_path(str(pathlib.Path(__file__).with_name('common.py')))
 def get_config() -> config_dict.ConfigDict:
   """Returns the recipe."""
   config = common['get_config']()
-  # The head that a teacher's scores of every token train.
+  # A head that learns the teacher's scores of every token.
   config.model.token_label = True
   config.batch_size = 128
   config.accumulation_steps = 2

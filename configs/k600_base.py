@@ -2,14 +2,14 @@ r"""
 python -m dualformer_jax.main --config=configs/k600_base.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-B on Kinetics-600: published with 85.2% top-1.
+DualFormer-B on Kinetics-600. Published top-1: 85.2%.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/kinetics600 --manual_dir=VIDEOS --data_dir=DATA
 
-INIT is the .pth file of a DualFormer-B of images (ImageNet-22K).
-It is inflated to one of videos.
+INIT is the .pth file of a DualFormer-B image model (ImageNet-22K), which is
+inflated to video.
 """
 
 import pathlib

@@ -1,8 +1,8 @@
 r"""
 python -m dualformer_jax.main --config=configs/motion.py --workdir=WORKDIR
 
-A small DualFormer that tells eight motions apart, from scratch, in minutes on
-two CPU cores. scripts/quickstart.sh runs it. Before it, render the videos:
+A small DualFormer that learns to classify eight motions from scratch, in
+minutes on two CPU cores; see scripts/quickstart.sh. First render the videos:
 
   tfds build data/motion --data_dir=~/tensorflow_datasets
 """
@@ -33,7 +33,7 @@ def get_config() -> config_dict.ConfigDict:
   config.dataset.name = 'motion'
   config.dataset.frame_interval = 1
   config.dataset.train_short_side = 32
-  # A mirror image moves the other way; the shape may be anywhere in the frame.
+  # Flips would change the direction, crops could cut off the shape.
   config.dataset.random_crop = False
   config.dataset.flip = False
   config.dataset.num_threads = 2
@@ -41,15 +41,16 @@ def get_config() -> config_dict.ConfigDict:
   config.num_epochs = 6
   config.optimizer.learning_rate = 2e-3
   config.optimizer.warmup_epochs = 0.5
-  # From scratch, all of the backbone learns at the same rate. With a head that
-  # learns faster not all tokens have to tell of the motion: those at the shape
-  # suffice, and a heat map shows them.
+  # From scratch, the whole backbone has the same learning rate. A head that
+  # learns faster relies on the tokens at the shape, which Grad-CAM then shows.
   config.optimizer.multipliers = (
     ('backbone/pos_block.*', 1.0, 0.0),
     ('backbone/.*', 1.0, 1.0),
     ('.*', 10.0, 1.0),
   )
   config.validation.every_epochs = 2
+  config.validation.resize_ratio = 1.0  # the same views as in the test
   config.test.num_clips = 1
+  config.test.checkpoint = 'best'
   config.checkpoint.every_steps = 200
   return config

@@ -4,13 +4,13 @@ python -m dualformer_jax.main --config=configs/ucf101_tiny.py \
 
 DualFormer-T on UCF-101, split 1, with clips of 16 frames.
 
-Before it, prepare the videos:
+First prepare the videos:
 
   tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA \
     --config=split1
 
-INIT is a DualFormer-T of Kinetics-400: a workdir of configs/k400_tiny.py,
-or a published .pth file.
+INIT is a DualFormer-T trained on Kinetics-400: a workdir of
+configs/k400_tiny.py, or a published .pth file.
 """
 
 import pathlib

@@ -3,55 +3,63 @@ r"""Prints parameters and multiply-adds of a model, part by part.
 python -m dualformer_jax.complexity --config=configs/k400_tiny.py [--json] \
     [--config.model.FIELD=VALUE ...]
 
-Nothing is computed; dualformer_jax/models/complexity.py says what counts.
+Counts without running the model; see dualformer_jax/models/flops.py.
 """
 
 import dataclasses
+import functools
 import itertools
 import json
+from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from dualformer_jax import command_line
-from dualformer_jax.models import complexity
-from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import checkpoint
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe, a file such as configs/k400_tiny.py.'
-)
-_JSON = flags.DEFINE_bool(
-  'json', False, 'Whether to print JSON, with every layer by itself.'
-)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file(
+    'config', None, 'Config file, such as configs/k400_tiny.py.'
+  )
+  flags.DEFINE_bool('json', False, 'Whether to print JSON, with every layer.')
+  flags.mark_flags_as_required(['config'])
 
 
 def main() -> None:
   """Counts and prints."""
-  config = _CONFIG.value
+  # Imported here, so that --help does not wait for JAX.
+  from dualformer_jax.checkpoints import checkpoint
+  from dualformer_jax.models import flops
+  from dualformer_jax.models.dualformer import DualFormer
+
+  config = FLAGS.config
   model = DualFormer(**config.model.to_dict())
-  checkpoint.variable_shapes(model, 'config.model')  # UserError if it is none
-  rows = complexity.count(model)
+  checkpoint.variable_shapes(model, 'config.model')  # raises if it is invalid
+  rows = flops.count(model)
   views = config.test.num_clips * config.test.num_crops
   totals = {
     'backbone': [row for row in rows if row.module.startswith('backbone/')],
-    'with the head': [row for row in rows if row.part != complexity.TOKEN_HEAD],
+    'with the head': [row for row in rows if row.part != flops.TOKEN_HEAD],
   }
   if model.token_label:
-    totals['with the token-label head'] = rows
-  if _JSON.value:
+    totals['with the token-label head'] = list(rows)
+  if FLAGS.json:
     result = {
       'views': views,
-      'view': {name: _sums(part) for name, part in totals.items()},
+      'view': {name: _sum(part) for name, part in totals.items()},
       'layers': [dataclasses.asdict(row) for row in rows],
     }
     print(json.dumps(result, indent=1))
     return
 
-  def line(name: str, layers: list[complexity.Row]) -> str:
-    sums = _sums(layers)
+  def print_line(name: str, layers: list[Any]) -> None:
+    sums = _sum(layers)
     billions = sums['multiply_adds'] / 1e9
-    return (
+    print(
       f'{name:26}{sums["parameters"]:13,}{billions:14.3f}'
       f'{views * billions:14.3f}'
     )
@@ -66,27 +74,23 @@ def main() -> None:
     layers = list(group)
     indent = ''
     if stage is not None:
-      print(line(f'stage {stage}', layers))
+      print_line(f'stage {stage}', layers)
       indent = '  '
     for part in dict.fromkeys(row.part for row in layers):
-      print(line(indent + part, [row for row in layers if row.part == part]))
+      print_line(indent + part, [row for row in layers if row.part == part])
   print()
   for name, layers in totals.items():
-    print(line(name, layers))
+    print_line(name, layers)
 
 
-def _sums(rows: list[complexity.Row]) -> dict[str, int]:
+def _sum(rows: list[Any]) -> dict[str, int]:
   return {
     'parameters': sum(row.parameters for row in rows),
     'multiply_adds': sum(row.multiply_adds for row in rows),
   }
 
 
-def cli() -> None:
-  """Runs the command."""
-  flags.mark_flags_as_required(['config'])
-  command_line.run(main)
-
+cli = functools.partial(command_line.run, main, define_flags)
 
 if __name__ == '__main__':
   cli()

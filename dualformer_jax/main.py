@@ -1,10 +1,10 @@
-r"""Trains a DualFormer, then tests it.
+r"""Trains a DualFormer and tests it.
 
-python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
+  python -m dualformer_jax.main --config=configs/k400_tiny.py --workdir=DIR \
     [--mode=test|profile] [--compare=OTHER] [--config.FIELD=VALUE ...]
-"""
 
-import os
+The same command resumes training from the latest checkpoint in the workdir.
+"""
 
 from absl import flags
 from ml_collections import config_flags
@@ -12,77 +12,72 @@ from ml_collections import config_flags
 from dualformer_jax import command_line
 from dualformer_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe, a file such as configs/k400_tiny.py.'
-)
-_WORKDIR = flags.DEFINE_string(
-  'workdir',
-  None,
-  'Where checkpoints, TensorBoard files and the report go; if it holds '
-  'checkpoints, training goes on from the newest.',
-)
-_MODE = flags.DEFINE_enum(
-  'mode',
-  'train',
-  ['train', 'test', 'profile'],
-  'train: train, then test. test: only test config.init_from, or the newest '
-  'checkpoint in the workdir. profile: train nothing; say how fast input and '
-  'step are, and which of them holds up the other.',
-)
-_COMPARE = flags.DEFINE_string(
-  'compare',
-  '',
-  'With --mode=test: the workdir of another test, or its report.json; the '
-  'report then says on which videos the two differ, and whether significantly.',
-)
-# Several processes: on TPU pods, under SLURM and Open MPI all three are found.
-_ADDRESS = flags.DEFINE_string(
-  'coordinator_address', None, 'Of several processes, HOST:PORT of the first.'
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-  'num_processes', None, 'How many processes make the run.', lower_bound=1
-)
-_PROCESS_ID = flags.DEFINE_integer(
-  'process_id', None, 'Which of them this one is, from 0.', lower_bound=0
-)
+FLAGS = flags.FLAGS
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file(
+    'config', None, 'Config file, such as configs/k400_tiny.py.'
+  )
+  flags.DEFINE_string(
+    'workdir', None, 'Folder of checkpoints, TensorBoard files and the report.'
+  )
+  flags.DEFINE_enum(
+    'mode',
+    'train',
+    ['train', 'test', 'profile'],
+    'train: train or resume, then test. test: test config.init_from, or the '
+    'latest checkpoint in the workdir. profile: measure input and training '
+    'step, and find the bottleneck, without training.',
+  )
+  flags.DEFINE_string(
+    'compare',
+    '',
+    'With --mode=test: workdir of another test, or its report.json, to compare '
+    'with video by video.',
+  )
+  # On TPU pods, under SLURM and Open MPI these three are found automatically.
+  flags.DEFINE_string(
+    'coordinator_address', None, 'HOST:PORT of process 0 of several.'
+  )
+  flags.DEFINE_integer(
+    'num_processes', None, 'Number of processes.', lower_bound=1
+  )
+  flags.DEFINE_integer(
+    'process_id', None, 'Index of this process, from 0.', lower_bound=0
+  )
+  flags.mark_flags_as_required(['config', 'workdir'])
 
 
 def main() -> None:
-  """Trains and tests, tests, or profiles, as the flags say."""
-  import jax
+  """Trains and tests, tests, or profiles a model."""
+  if FLAGS.mode == 'train':
+    command_line.stop_signals.exit_message = '; run the same command to resume'
+  command_line.enable_compilation_cache()
 
-  # What was compiled once is not compiled again.
-  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
-    cache = os.path.expanduser('~/.cache/dualformer_jax')
-    jax.config.update('jax_compilation_cache_dir', cache)
+  from dualformer_jax.distributed import processes
+  from dualformer_jax.training import cpu_memory, loop, profile, testing
 
-  from dualformer_jax import processes
-  from dualformer_jax.training import loop, profile, sharding
-
-  workdir = _WORKDIR.value
-  assert workdir is not None  # cli requires it
-  if _COMPARE.value and _MODE.value != 'test':
+  if FLAGS.compare and FLAGS.mode != 'test':
     raise UserError(
-      f'--compare={_COMPARE.value} is for --mode=test, but --mode is '
-      f'{_MODE.value}; add --mode=test, or leave --compare out'
+      f'--compare needs --mode=test, got --mode={FLAGS.mode}; change one'
     )
-
   with processes.joined(
-    _ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+    FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
   ):
-    sharding.keep_memory()
-    if _MODE.value == 'train':
-      loop.train_and_test(_CONFIG.value, workdir)
-    elif _MODE.value == 'test':
-      loop.test(_CONFIG.value, workdir, _COMPARE.value)
+    cpu_memory.keep_memory()
+    if FLAGS.mode == 'train':
+      loop.train_and_test(FLAGS.config, FLAGS.workdir)
+    elif FLAGS.mode == 'test':
+      testing.test(FLAGS.config, FLAGS.workdir, FLAGS.compare)
     else:
-      profile.profile(_CONFIG.value, workdir)
+      profile.profile(FLAGS.config, FLAGS.workdir)
 
 
 def cli() -> None:
   """Runs the command."""
-  flags.mark_flags_as_required(['config', 'workdir'])
-  command_line.run(main)
+  command_line.run(main, define_flags)
 
 
 if __name__ == '__main__':

@@ -1,16 +1,16 @@
-r"""Tells what training a recipe would need, on devices that need not be here.
+r"""Prints what training a config needs, on devices that need not be attached.
 
 python -m dualformer_jax.plan --config=configs/k400_base.py \
     --topology=v5e:16x16 [--config.FIELD=VALUE ...]
-python -m dualformer_jax.plan --config=configs/k400_base.py \
-    --devices=8 [--chip=a100|h100] [--memory=80]
+python -m dualformer_jax.plan --config=configs/k400_base.py --topology=h100:8
 
-The training step is compiled ahead of time, on a CPU: for TPUs by their own
-compiler (pip install "dualformer_jax[plan]"), for GPUs as if each were a device
-of the CPU. Of the meshes, passes and remats that the batch allows, the fastest
-that fits is searched; --nosearch plans for those of the config.
+Compiles the training step ahead of time on a CPU, with the compiler of the
+devices: for TPUs, pip install -e '.[plan]'; for GPUs, pip install -e '.[cuda]'.
+Searches mesh, accumulation_steps and remat for the fastest that fit; --nosearch
+plans for those of the config. --breakdown also prints where the bytes go.
 """
 
+import functools
 import json
 import logging
 import os
@@ -19,242 +19,134 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dualformer_jax import command_line
+from dualformer_jax import command_line, progress
 from dualformer_jax.errors import UserError
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', None, 'The recipe, a file such as configs/k400_base.py.'
-)
-_TOPOLOGY = flags.DEFINE_string(
-  'topology', None, 'A TPU slice, such as v5e:4x4, v6e:16x16, v5p:2x2x4.'
-)
-_DEVICES = flags.DEFINE_integer('devices', None, 'GPUs, instead of TPUs.', 1)
-_CHIP = flags.DEFINE_enum('chip', 'a100', ['a100', 'h100'], 'What GPUs.')
-_MEMORY = flags.DEFINE_float('memory', 80.0, 'Of each GPU, in GB (10^9).', 1.0)
-_SEARCH = flags.DEFINE_bool(
-  'search', True, 'Whether to search mesh, passes and remat.'
-)
-_COMPILES = flags.DEFINE_integer(
-  'compiles', 4, 'Settings to compile at most, in the search.', 1
-)
-_EFFORT = flags.DEFINE_float(
-  'effort',
-  -1.0,
-  'How hard the compiler for TPUs tries to make a fast program: -1 takes '
-  'least time, and what it makes is slower and larger; 0 is as in training.',
-  -1.0,
-  1.0,
-)
-_VIDEOS = flags.DEFINE_integer(
-  'videos', None, 'Videos for training, where they are not known.', 1
-)
-_JSON = flags.DEFINE_bool('json', False, 'Whether to print JSON.')
+FLAGS = flags.FLAGS
 _LOG = logging.getLogger(__name__)
+
+
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file(
+    'config', None, 'Config file, such as configs/k400_base.py.'
+  )
+  flags.DEFINE_string(
+    'topology',
+    None,
+    'TPU slice, such as v5e:4x4 or v5p:2x2x4, or GPUs, such as h100:8, of '
+    'a100, h100, h200 and b200.',
+  )
+  flags.DEFINE_float(
+    'memory', None, 'Memory of each device in GB (10^9), if it differs.', 1.0
+  )
+  flags.DEFINE_integer(
+    'breakdown', 0, 'Number of rows of a table of memory traffic.', 0
+  )
+  flags.DEFINE_integer('devices', None, 'Deprecated: use --topology.', 1)
+  flags.DEFINE_enum(
+    'chip', 'a100', ['a100', 'h100'], 'Deprecated: use --topology.'
+  )
+  flags.DEFINE_bool(
+    'search', True, 'Whether to search mesh, accumulation_steps and remat.'
+  )
+  flags.DEFINE_integer(
+    'compiles', 4, 'Maximum number of settings that the search compiles.', 1
+  )
+  flags.DEFINE_float(
+    'effort',
+    -1.0,
+    'Optimization effort, for TPUs: -1 (level O0) compiles fastest, '
+    'into a slower and larger program; 0 (O2) is that of training.',
+    -1.0,
+    1.0,
+  )
+  flags.DEFINE_integer(
+    'videos', None, 'Number of training videos, if it is not known.', 1
+  )
+  flags.DEFINE_bool('json', False, 'Whether to print JSON.')
+  flags.mark_flags_as_required(['config'])
 
 
 def main() -> None:
   """Plans and prints."""
-  if (_TOPOLOGY.value is None) == (_DEVICES.value is None):
+  topology = FLAGS.topology
+  if topology is None and FLAGS.devices:
+    topology = f'{FLAGS.chip}:{FLAGS.devices}'
+    _LOG.warning('--devices is deprecated: use --topology=%s', topology)
+  if topology is None:
     raise UserError(
-      'either --topology (of a TPU slice) or --devices (how many GPUs) must be '
-      'given; --help tells the flags'
+      '--topology must be given: a TPU slice, such as v5e:4x4, or GPUs, such '
+      'as h100:8'
     )
-  # No question to where TPUs would be, and no claim to those of this machine.
+  # libtpu asks no metadata server, and claims no TPU of this machine.
   os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',
     TPU_SKIP_MDS_QUERY='1',
     TPU_WORKER_HOSTNAMES='localhost',
     TPU_ACCELERATOR_TYPE='v5litepod-1',
+    # The compiler for GPUs needs no libraries of CUDA.
+    JAX_SKIP_CUDA_CONSTRAINTS_CHECK='1',
   )
   import jax
 
   jax.config.update('jax_platforms', 'cpu')
-  count = _DEVICES.value or 1
-  jax.config.update('jax_num_cpu_devices', count)
-  from dualformer_jax.training import planning
+  # Programs for devices that are not attached cannot be read from it.
+  jax.config.update('jax_enable_compilation_cache', False)
+  from dualformer_jax.planning import chips, report, search
+  from dualformer_jax.planning.compile import Settings, compile_step
+  from dualformer_jax.training import config_check
 
-  if _TOPOLOGY.value:
-    target = planning.tpu(_TOPOLOGY.value)
-  else:
-    target = planning.gpus(
-      planning.CHIPS[_CHIP.value], count, _MEMORY.value * 1e9
-    )
-  config = _CONFIG.value
-  videos, source = _count_videos(config)
+  config_check.check(FLAGS.config)
+  memory = FLAGS.memory and FLAGS.memory * 1e9
+  target = chips.find_target(topology, memory)
+  config, num_videos, source = read_dataset(FLAGS.config, FLAGS.videos)
   labels = config.token_labels
   if config.model.token_label and not (labels.teacher or labels.stored):
     _LOG.info(
-      'planned with a DualFormer-B as teacher; --config.token_labels.teacher '
-      'names another, --config.token_labels.stored plans without'
+      'planning with a DualFormer-B as teacher; --config.token_labels.teacher '
+      'sets another, --config.token_labels.stored none'
     )
-  if _SEARCH.value:
-    plan = planning.search(config, target, _COMPILES.value, _EFFORT.value)
+  if FLAGS.search:
+    plan = search.search(config, target, FLAGS.compiles, FLAGS.effort)
   else:
-    settings = planning.own_settings(config, target)
-    plan = planning.compile_step(config, settings, target, _EFFORT.value)
-  report = _report(config, target, plan, videos, source)
-  if _JSON.value:
-    print(json.dumps(report, indent=1))
+    settings = Settings.from_config(config, target)
+    with progress.waiting('compiling'):
+      plan = compile_step(config, settings, target, FLAGS.effort)
+  result = report.make_report(config, target, plan, num_videos, source)
+  if FLAGS.json:
+    print(json.dumps(result, indent=1))
   else:
-    _print(report)
+    print(report.format_report(result, FLAGS.breakdown))
 
 
-def _count_videos(config: Any) -> tuple[int, str]:
-  """Returns the number of training videos, and who says so.
+def read_dataset(config: Any, videos: int | None) -> tuple[Any, int, str]:
+  """Looks up the number of classes and of training videos.
 
-  Also sets the number of classes, where the config leaves it to the dataset.
+  Returns a copy of the config with the classes, the number of videos, and where
+  that is from. Raises UserError if one is not known.
   """
-  from dualformer_jax.training import loop, planning
+  from dualformer_jax.planning import report
+  from dualformer_jax.training import setup
 
+  config = config.copy_and_resolve_references()
   try:
-    data = loop.open_split(config, config.dataset.train_split)
+    data = setup.open_split(config, config.dataset.train_split)
   except UserError as error:
-    if not config.model.num_classes:
-      raise UserError(
-        'the number of classes is not known: give --config.model.num_classes, '
-        f'or the dataset ({error})'
-      ) from error
     name = config.dataset.name.split('/')[0]
-    videos = _VIDEOS.value or planning.PUBLISHED_VIDEOS.get(name)
-    if videos is None:
+    published = report.PUBLISHED_VIDEOS.get(name)
+    count = videos or published
+    if not config.model.num_classes or not count:
       raise UserError(
-        f'the number of videos is not known: give --videos ({error})'
+        'the dataset is not prepared: set --videos and '
+        f'--config.model.num_classes ({error})'
       ) from error
-    return videos, '--videos' if _VIDEOS.value else 'as published'
+    return config, count, '--videos' if videos else 'as published'
   config.model.num_classes = len(data.class_names)
-  return _VIDEOS.value or len(data), str(data.folder)
+  return config, videos or len(data), str(data.folder)
 
 
-def _report(
-  config: Any, target: Any, plan: Any, videos: int, source: str
-) -> dict[str, Any]:
-  """Returns all that is printed, by name."""
-  devices = len(target.devices)
-  clips = config.batch_size / (plan.settings.data * plan.settings.fsdp)
-  report: dict[str, Any] = {
-    'chip': target.chip.name,
-    'devices': devices,
-    'is_exact': target.is_exact,
-    'batch_size': config.batch_size,
-    'clips_per_device': clips,
-    'flags': plan.settings.flags(),
-    'memory': {
-      'needed': plan.memory,
-      'parameters_and_optimiser': plan.state,
-      'has': target.chip.memory,
-      'fits': plan.work is not None and plan.memory <= target.chip.memory,
-    },
-    'compile_seconds': plan.compile_seconds,
-  }
-  if plan.work is None:
-    return report
-  groups: dict[tuple[str, str, str], list[float]] = {}
-  for collective, purpose in zip(
-    plan.work.collectives, plan.purposes, strict=True
-  ):
-    key = (purpose, collective.kind, ' x '.join(collective.axes))
-    sums = groups.setdefault(key, [0, 0, 0])
-    sums[0] += collective.count
-    sums[1] += collective.count * collective.bytes
-    sums[2] += collective.sent()
-  seconds = plan.seconds(target)
-  steps = config.num_epochs * max(
-    1, config.dataset.repeats * videos // config.batch_size
-  )
-  return report | {
-    'flops': plan.work.flops,
-    'analytic_flops': plan.analytic_flops,
-    'bytes': plan.work.bytes,
-    'unknown_loops': plan.work.unknown_loops,
-    'collectives': [
-      {
-        'purpose': purpose,
-        'kind': kind,
-        'axes': axes,
-        'times': sums[0],
-        'bytes': sums[1],
-        'sent': sums[2],
-      }
-      for (purpose, kind, axes), sums in sorted(groups.items())
-    ],
-    'unexpected': [
-      {
-        'kind': collective.kind,
-        'axes': collective.axes,
-        'times': collective.count,
-        'bytes': collective.bytes,
-        'name': collective.name,
-      }
-      for collective in plan.unexpected()
-    ],
-    'seconds': seconds,
-    'videos': videos,
-    'videos_source': source,
-    'steps': steps,
-    'hours': steps * max(seconds.values()) / 3600,
-  }
-
-
-def _print(report: dict[str, Any]) -> None:
-  memory = report['memory']
-  print(
-    f'{report["devices"]} x {report["chip"]}, batch of {report["batch_size"]}: '
-    f'{report["clips_per_device"]:g} clips a device'
-  )
-  if not report['is_exact']:
-    print(
-      'Compiled for devices of this CPU, which computes bfloat16 in float32\n'
-      'and attention in smaller blocks: memory and its traffic are estimates,\n'
-      'and what devices send each other is what this program sends.'
-    )
-  print(
-    f'memory        {memory["needed"] / 1e9:.2f} GB of '
-    f'{memory["has"] / 1e9:.2f} a device, of which parameters and optimiser '
-    f'{memory["parameters_and_optimiser"] / 1e9:.2f}: '
-    f'{"fits" if memory["fits"] else "DOES NOT FIT"}'
-  )
-  if 'flops' not in report:
-    print(f'flags         {report["flags"]}')
-    return
-  ratio = report['flops'] / report['analytic_flops']
-  print(
-    f'arithmetic    {report["flops"] / 1e12:.3f} TFLOP a device, '
-    f'{ratio:.1%} of what the model has'
-  )
-  for c in report['collectives']:
-    kind = c['kind'] + ' '  # of which some are long
-    print(
-      f'{kind:14}{c["purpose"]}, along {c["axes"]}: {c["times"]} times, '
-      f'{c["bytes"] / 1e6:.1f} MB ({c["sent"] / 1e6:.1f} MB sent)'
-    )
-  for c in report['unexpected']:
-    print(
-      f'  UNEXPECTED: {c["times"]} x {c["bytes"] / 1e6:.1f} MB for {c["name"]}'
-    )
-  if not report['unexpected']:
-    print('              no activations are gathered')
-  if report['unknown_loops']:
-    print(
-      f'              {report["unknown_loops"]} loops were counted as if they '
-      'ran once'
-    )
-  seconds = report['seconds']
-  print(
-    'a step takes  at least '
-    + ', '.join(f'{1e3 * s:.1f} ms by {name}' for name, s in seconds.items())
-  )
-  print(
-    f'all of it     {report["steps"]:,} steps on {report["videos"]:,} videos '
-    f'({report["videos_source"]}), at least {report["hours"]:.1f} hours'
-  )
-  print(f'flags         {report["flags"]}')
-
-
-def cli() -> None:
-  """Runs the command."""
-  flags.mark_flags_as_required(['config'])
-  command_line.run(main)
-
+cli = functools.partial(command_line.run, main, define_flags)
 
 if __name__ == '__main__':
   cli()

@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Renders small videos, trains a DualFormer on them, and shows that it has learnt
-# motion. All of it lands in .venv and .quickstart; a second run skips what is
-# done, and goes on where an interrupted one stopped.
+# Renders small videos, trains a DualFormer on them, and shows that it has
+# learned motion. Everything is written to .venv and .quickstart. A second run
+# skips finished parts and resumes interrupted ones.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 data=.quickstart/data
 workdir=.quickstart/motion
 
-# Only a dataset that is complete has this file.
+# Only a complete dataset has this file.
 if ! compgen -G "$data/motion/*/dataset_info.json" >/dev/null; then
   echo "== Rendering videos into $data"
-  # Level 3: without what TensorFlow says of processors and GPUs.
-  TF_CPP_MIN_LOG_LEVEL=3 .venv/bin/tfds build data/motion --data_dir="$data"
+  # Level 3 hides TensorFlow's messages about processors and GPUs.
+  TF_CPP_MIN_LOG_LEVEL=3 "$venv/bin/tfds" build data/motion --data_dir="$data"
 fi
 
 if [[ ! -e $workdir/report.json ]]; then
@@ -21,5 +21,5 @@ if [[ ! -e $workdir/report.json ]]; then
     --workdir="$workdir" --config.dataset.data_dir="$data"
 fi
 
-echo "== Is it motion that it has learnt?"
+echo "== Has it learned motion?"
 "$python" scripts/motion_proof.py --workdir="$workdir" --data_dir="$data"

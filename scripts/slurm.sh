@@ -7,25 +7,24 @@ usage() {
   cat <<'END'
 scripts/slurm.sh [OPTION ...] -- FLAG ...
 
-Submits `python -m dualformer_jax.main FLAG ...` to run on all GPUs of some
-nodes, with the Python of .venv here, or else the one on the PATH. Two minutes
-before its time is over, and when it is preempted, the job saves; it is then
-queued again, and goes on.
+Submits a job that runs `python -m dualformer_jax.main FLAG ...` on all GPUs of
+several nodes, with the Python of .venv, or else the one on the PATH. Two minutes
+before the time limit, and when it is preempted, the job saves its state and is
+queued again.
 
 Options:
-  --nodes=N           2 unless given
-  --gpus=N            of each node; 8 unless given, as A100 nodes have
-  --processes=PER     gpu: one process for each GPU (unless given), whose threads
-                      read its own clips; node: one process for all GPUs of a
-                      node, which holds one copy of what is read and compiled
-  --cpus=N            for each GPU; 16 unless given
-  --time=TIME         1-00:00:00 unless given
+  --nodes=N           number of nodes; default 2
+  --gpus=N            GPUs per node; default 8
+  --processes=PER     gpu (default): one process per GPU, each decodes its own
+                      clips; node: one process per node, compiles only once
+  --cpus=N            cores per GPU; default 16
+  --time=TIME         time limit; default 1-00:00:00
   --partition=NAME, --account=NAME, --constraint=NAME
-                      as sbatch has them
-  --max-restarts=N    how often the job is queued again; 100 unless given
-  --dry-run           prints what would be submitted, and submits nothing
+                      passed on to sbatch
+  --max-restarts=N    how often the job is queued again; default 100
+  --dry-run           print the job without submitting it
 
-All nodes must see this folder, --workdir and --config.dataset.data_dir.
+All nodes must share this folder, --workdir and --config.dataset.data_dir.
 END
 }
 
@@ -48,12 +47,12 @@ while (($#)); do
     --partition=* | --account=* | --constraint=*) options+=("$1") ;;
     --dry-run) is_dry=1 ;;
     --) shift && break ;;
-    *) fail "there is no option $1; --help tells which there are" ;;
+    *) fail "unknown option $1; see --help" ;;
   esac
   shift
 done
 for number in "$nodes" "$gpus" "$cpus" "$max_restarts"; do
-  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "$number is not a number of 1 or more"
+  [[ $number =~ ^[1-9][0-9]*$ ]] || fail "expected a positive number, got $number"
 done
 case $processes in
   gpu) tasks=$gpus cpus_per_task=$cpus ;;
@@ -61,17 +60,17 @@ case $processes in
   *) fail "--processes=$processes: expected gpu or node" ;;
 esac
 [[ " $* " == *' --config='* ]] ||
-  fail 'what to train must be given: -- --config=FILE --workdir=DIR ...'
+  fail 'the flags of the training must be given: -- --config=FILE --workdir=DIR'
 if [[ -z $is_dry ]] && ! type -P sbatch >/dev/null; then
-  fail 'sbatch is not here; run this on a login node of the cluster'
+  fail 'sbatch not found; run this on a login node of the cluster'
 fi
 
 python=python
 [[ ! -x .venv/bin/python ]] || python=$PWD/.venv/bin/python
 printf -v command '%q ' "$python" -m dualformer_jax.main "$@"
 
-# The signal goes to all processes, which agree on a step to save. GPUs are not
-# bound to tasks: each process takes its share of those that its node has.
+# All processes receive the signal and agree on a step to save. GPUs are not bound
+# to tasks, as JAX selects them by index.
 job() {
   cat <<END
 #!/usr/bin/env bash
@@ -90,10 +89,11 @@ export SRUN_CPUS_PER_TASK=$cpus_per_task
 srun --kill-on-bad-exit=1 --gpu-bind=none $command
 status=\$?
 case \$status in
-  # It was told to stop, and has saved; or a process was lost.
-  143 | 75 | 134 | 137)
-    if ((\${SLURM_RESTART_COUNT:-0} < $max_restarts)); then
-      echo "== status \$status: queued again, to go on"
+  # It was stopped and has saved, or a process was lost; but not right at the
+  # start, where an error of one process ends the others likewise.
+  143 | 134 | 137)
+    if ((SECONDS > 300 && \${SLURM_RESTART_COUNT:-0} < $max_restarts)); then
+      echo "== status \$status: queued again to resume"
       scontrol requeue "\$SLURM_JOB_ID"
     fi
     ;;

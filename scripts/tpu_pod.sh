@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains on a TPU pod slice: creates it, installs, trains on all workers, follows
-# the log, goes on after a preemption, and deletes it. See --help.
+# the log, resumes after a preemption, and deletes it. See --help.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,32 +9,31 @@ usage() {
 scripts/tpu_pod.sh COMMAND --name=NAME --zone=ZONE [OPTION ...] [-- FLAG ...]
 
 Commands:
-  run      all of this, in this order; creates anew what is preempted, until the
-           training is done, and then deletes it
-  create   creates the pod slice and waits until it is there
-  install  copies this repository to all workers, and installs it
-  train    starts `python -m dualformer_jax.main FLAG ...` on all workers
-  logs     follows the log until the training ends; Ctrl-C leaves it running
-  delete   deletes the pod slice
+  run      all of the following steps; recreates the slice after a preemption
+           until the training is done, then deletes it
+  create   create the pod slice and wait until it is ready
+  install  copy this repository to all workers and install it
+  train    start `python -m dualformer_jax.main FLAG ...` on all workers
+  logs     follow the log until the training ends; Ctrl-C leaves it running
+  delete   delete the pod slice
 
 Options:
-  --name=NAME        of the pod slice
-  --zone=ZONE        of Google Cloud, such as us-west4-a
-  --project=PROJECT  instead of gcloud's own
+  --name=NAME        name of the pod slice
+  --zone=ZONE        zone of Google Cloud, such as us-west4-a
+  --project=PROJECT  project, instead of the default of gcloud
   --type=TYPE        v5litepod-16 (16 chips of v5e), v4-32, v5p-32, v6e-16, ...
   --version=VERSION  software of the workers: v2-alpha-tpuv5-lite for v5e,
                      tpu-ubuntu2204-base for v4, v2-alpha-tpuv5, v2-alpha-tpuv6e
-  --queued           waits in the queue for its turn, as a queued resource
-  --spot             cheaper, and may be preempted
-  --setup=COMMAND    run on each worker after installing: mount a bucket, say
-  --max-restarts=N   of `run`; 100 unless given
-  --poll=SECONDS     until it looks again at the queue, or at what has not
-                     answered; 60 unless given
-  --keep             `run` leaves the pod slice there at the end
-  --dry-run          prints every command, runs none
+  --queued           request a queued resource, and wait for it
+  --spot             use a cheaper slice that may be preempted
+  --setup=COMMAND    run on each worker after installing, such as a mount
+  --max-restarts=N   maximum number of restarts of `run`; default 100
+  --poll=SECONDS     time between two queries of the state; default 60
+  --keep             do not delete the pod slice after `run`
+  --dry-run          print all commands without running them
 
---workdir and --config.dataset.data_dir must be on a file system that all workers
-share, such as a mounted bucket: docs/many_hosts.md.
+All workers must share the file system of --workdir and
+--config.dataset.data_dir, such as a mounted bucket: docs/many_hosts.md.
 END
 }
 
@@ -61,7 +60,7 @@ while (($#)); do
     --keep) is_kept=1 ;;
     --dry-run) is_dry=1 ;;
     --) shift && break ;;
-    -*) fail "there is no option $1; --help tells which there are" ;;
+    -*) fail "unknown option $1; see --help" ;;
     *)
       [[ -z $command ]] || fail "$command and $1: expected one command"
       command=$1
@@ -74,16 +73,16 @@ flags=("$@")
 case $command in
   run | create | install | train | logs | delete) ;;
   '') fail 'a command must be given: run, create, install, train, logs, delete' ;;
-  *) fail "there is no command $command; --help tells which there are" ;;
+  *) fail "unknown command $command; see --help" ;;
 esac
 [[ $name ]] || fail '--name=NAME must be given'
 [[ $zone ]] || fail '--zone=ZONE must be given, such as --zone=us-west4-a'
 if [[ $command == @(run|create) ]]; then
   [[ $type ]] || fail '--type=TYPE must be given, such as --type=v5litepod-16'
-  [[ $version ]] || fail '--version=VERSION must be given; --help tells of them'
+  [[ $version ]] || fail '--version=VERSION must be given; see --help'
 fi
 if [[ $command == @(run|train) && " ${flags[*]-}" != *' --config='* ]]; then
-  fail 'what to train must be given: -- --config=FILE --workdir=DIR ...'
+  fail 'the flags of the training must be given: -- --config=FILE --workdir=DIR'
 fi
 if [[ -z $is_dry ]] && ! type -P gcloud >/dev/null; then
   fail 'gcloud is not installed: https://cloud.google.com/sdk/docs/install'
@@ -91,7 +90,7 @@ fi
 
 # ------------------------------------------------------------------- commands
 
-exec 3>&1 # where --dry-run prints, whatever takes the output of commands
+exec 3>&1 # for --dry-run, as the output of commands may be captured
 
 run() {
   if [[ $is_dry ]]; then
@@ -112,8 +111,9 @@ on() {
   tpus tpu-vm ssh "$name" --worker="$1" --command="$2"
 }
 
-# A command's output, or what it would be where none is run.
-asked() {
+# query EXPECTED COMMAND ...: the output of a command, or what is expected of it
+# with --dry-run
+query() {
   local expected=$1
   shift
   if [[ $is_dry ]]; then
@@ -124,9 +124,9 @@ asked() {
   fi
 }
 
-is_there() {
+is_ready() {
   [[ -z $is_dry || $is_made ]] || return
-  [[ $(asked READY tpus tpu-vm describe "$name" --format='value(state)') == READY ]]
+  [[ $(query READY tpus tpu-vm describe "$name" --format='value(state)') == READY ]]
 }
 
 create() {
@@ -141,7 +141,7 @@ create() {
     --accelerator-type="$type" --runtime-version="$version" ${is_spot:+--spot}
   local state
   while :; do
-    state=$(asked ACTIVE tpus queued-resources describe "$name" \
+    state=$(query ACTIVE tpus queued-resources describe "$name" \
       --format='value(state.state)')
     case $state in
       ACTIVE) return ;;
@@ -157,7 +157,7 @@ install() {
   echo '== Installing on all workers' >&2
   local archive
   archive=$(mktemp --suffix=.tar.gz)
-  # What git knows of, as it is now.
+  # All files that git tracks, with local changes.
   git ls-files -z | tar --null --files-from=- --create --gzip --file="$archive"
   tpus tpu-vm scp "$archive" "$name:dualformer_jax.tar.gz" --worker=all
   rm "$archive"
@@ -174,7 +174,7 @@ python3.11 -m venv .venv
   [[ -z $setup ]] || on all "$setup"
 }
 
-# Not bound to this terminal: the training goes on when the connection is lost.
+# Detached, so that the training continues when the connection is lost.
 train() {
   echo '== Training on all workers' >&2
   local quoted
@@ -202,32 +202,33 @@ delete() {
 # ------------------------------------------------------------------------ run
 
 train_until_done() {
-  local restarts status
-  is_there || create
+  local restarts status start
+  is_ready || create
   install
   for ((restarts = 0; ; restarts++)); do
     train
-    # Ends with the training, with the worker, or with the connection.
+    start=$SECONDS
+    # `logs` ends with the training, the worker, or the connection.
     status=running
     while [[ $status == running ]]; do
       logs || sleep "$poll"
-      status=$(asked 0 on 0 "cd dualformer_jax && cat train.status ||
+      status=$(query 0 on 0 "cd dualformer_jax && cat train.status ||
 kill -0 \$(cat train.pid) && echo running")
     done
     [[ $status != 0 ]] || return 0
     ((restarts < max_restarts)) ||
-      fail "still not done after $restarts restarts; $name is still there"
-    if ! is_there; then
+      fail "not done after $restarts restarts; $name still exists"
+    if ! is_ready; then
       echo "== $name was preempted" >&2
-      delete || true # it may be gone altogether
+      delete || true # it may not exist any more
       create
       install
-    elif [[ $status == @(|75|134|137|143) ]]; then
-      echo '== A process was lost; the others have ended, too' >&2
+    elif [[ $status == @(|1|134|137|143) ]] && ((SECONDS - start > 300)); then
+      echo '== A process was lost; restarting' >&2
     else
       on all 'cd dualformer_jax && tail -n 5 train.log' || true
-      echo "error: the training has failed (status ${status:-unknown}); $name is" \
-        "still there, and costs: $0 delete --name=$name --zone=$zone" \
+      echo "error: the training has failed (status ${status:-unknown}); $name still" \
+        "exists and costs: $0 delete --name=$name --zone=$zone" \
         "${is_queued:+--queued}" >&2
       return 1
     fi

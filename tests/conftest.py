@@ -7,15 +7,28 @@ import fcntl
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from dualformer_jax.input_pipeline import records
+from dualformer_jax import command_line
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from tests import tfds_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+
+# A shell starts background processes with SIGINT ignored, which the commands
+# that tests start and interrupt would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Leaves SIGINT to pytest where a test runs a command in its process."""
+  monkeypatch.setattr(command_line.stop_signals, 'install', lambda: None)
 
 
 @pytest.fixture(scope='session')
@@ -56,7 +69,7 @@ def made_once(
       # An index comes to lie beside the files; not while others copy them.
       for info in unfinished.rglob('dataset_info.json'):
         for split in ('train', 'validation'):
-          records.PreparedDataset(str(info.parent), split, '')
+          PreparedDataset(str(info.parent), split, '')
       unfinished.rename(folder)
   return folder
 

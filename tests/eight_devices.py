@@ -9,30 +9,32 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from typing import Any
+from unittest import mock
+
+from tests import xla_flags
 
 if __name__ == '__main__':
   os.environ['JAX_PLATFORMS'] = 'cpu'
   os.environ['XLA_FLAGS'] = (
-    '--xla_force_host_platform_device_count=8 '
-    '--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false'
+    '--xla_force_host_platform_device_count=8 ' + xla_flags.fast_compilation(0)
   )
 
 import jax
 import numpy as np
 import optax
 
+from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax.distributed import sharding
+from dualformer_jax.kernels import dispatch, mlp
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import (
-  augment,
-  checkpoint,
-  sharding,
-  step,
-)
-from dualformer_jax.training import (
-  optimizer as optimizers,
-)
-from tests import test_augment, test_checkpoint
+from dualformer_jax.training import augment, step
+from dualformer_jax.training import optimizer as optimizers
+from dualformer_jax.training.state import TrainState, init_state
+from tests.checkpoints import test_checkpoint
+from tests.kernels import interpreted_tpu, test_branches_tpu, test_mlp
+from tests.training import test_augment
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -50,13 +52,41 @@ def run(name: str, *arguments: object) -> str:
   return done.stdout
 
 
+def sharded_mlp_branch() -> None:
+  """Prints errors of a fused MLP branch whose clips are sharded."""
+  arguments, dout = test_mlp.draw(8, 30, 16, 'float32')
+  expected = test_mlp.run(test_mlp.formula, arguments, dout)
+  module = types.SimpleNamespace(
+    fits=lambda *sizes: sizes == (1, 30, 16, 64),
+    mlp=test_mlp.formula,
+  )
+
+  def fused(*arguments):
+    return mlp._fused(module, *arguments)
+
+  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+  with (
+    jax.set_mesh(sharding.make_mesh(axes, 8)),
+    mock.patch.object(mlp, 'composed', fused),
+  ):
+    actual = test_mlp.run(test_mlp.branch(dispatch.Compute()), arguments, dout)
+  print(
+    json.dumps(
+      [
+        float(abs(a - e).max() / abs(e).max())
+        for a, e in zip(actual, expected, strict=True)
+      ]
+    )
+  )
+
+
 def save_and_restore_elsewhere(folder: str) -> None:
   """Saves from one mesh and restores onto others, exactly."""
   model = DualFormer(**test_checkpoint.FIELDS)
   optimizer = optax.adam(1e-3)
 
   def init():
-    return step.init_state(model, optimizer, seed=0)
+    return init_state(model, optimizer, seed=0)
 
   abstract = jax.eval_shape(init)
 
@@ -73,22 +103,22 @@ def save_and_restore_elsewhere(folder: str) -> None:
   )
   saved = saved.replace(step=saved.step + 2)
   series = checkpoint.Checkpoints(folder)
-  series.save(saved, test_checkpoint.description(step=3))
+  series.save(saved.trees(), test_checkpoint.make_metadata(step=3))
   series.wait()
   for axes in (
     {'data': 8, 'fsdp': 1, 'tensor': 1},
     {'data': 2, 'fsdp': 2, 'tensor': 2},
   ):
     there = shardings(**axes)
-    restored, _ = series.restore(
-      jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(
-          leaf.shape, leaf.dtype, sharding=where
-        ),
-        abstract,
-        there,
-      )
+    on_mesh = jax.tree.map(
+      lambda leaf, where: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=where
+      ),
+      abstract,
+      there,
     )
+    trees, metadata = series.restore(on_mesh.trees())
+    restored = TrainState.from_trees(trees, metadata.step, on_mesh.step)
     jax.tree.map(
       lambda a, b: np.testing.assert_array_equal(a, b, strict=True),
       saved,
@@ -105,14 +135,14 @@ def save_and_restore_elsewhere(folder: str) -> None:
 def five_steps() -> None:
   """Prints what five steps give on one device and on meshes of eight."""
   model = DualFormer(
-    depths=(2, 1),
-    embed_dims=(32, 64),
-    num_heads=(2, 4),
+    depths=(2,),
+    embed_dims=(64,),
+    num_heads=(4,),
     num_classes=10,
     num_frames=8,
     image_size=32,
-    fine_sizes=((4, 4, 4), (4, 4, 4)),
-    coarse_sizes=((2, 2, 2), None),
+    fine_sizes=((4, 4, 4),),
+    coarse_sizes=((2, 2, 2),),
     drop_path_rate=0.3,
     head_dropout=0.5,
     dtype='float32',
@@ -133,7 +163,7 @@ def five_steps() -> None:
   # NumPy arrays: steps are given a state that they may use up.
   state = jax.tree.map(
     np.asarray,
-    step.TrainState(
+    TrainState(
       step=np.zeros((), np.int32),
       params=params['params'],
       batch_stats=jax.tree.map(np.abs, params['batch_stats']),
@@ -151,10 +181,13 @@ def five_steps() -> None:
     step.train_step,
     model=model,
     optimizer=optimizer,
+    options=step.StepOptions(seed=7),
     augment=functools.partial(
-      augment.augment, pixel_mean=(120.0,) * 3, pixel_std=(60.0,) * 3, flip=True
+      augment.augment_batch,
+      options=augment.AugmentOptions(
+        (120.0,) * 3, (60.0,) * 3, num_classes=10, flip=True
+      ),
     ),
-    seed=7,
   )
 
   losses = []
@@ -255,7 +288,7 @@ def initial_state() -> None:
   )
 
   def init():
-    return step.init_state(model, optax.adam(1e-3), seed=3)
+    return init_state(model, optax.adam(1e-3), seed=3)
 
   mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2}, batch_size=8)
   where = sharding.tree_shardings(jax.eval_shape(init), mesh)
@@ -264,6 +297,25 @@ def initial_state() -> None:
     jax.jit(init)(),
     jax.jit(init, out_shardings=where)(),
   )
+  print('the same')
+
+
+def branches_of_tpus() -> None:
+  """Runs kernels for TPUs on one device, and on all for their clips."""
+  with interpreted_tpu.pretend():
+    x, dy, scale = test_branches_tpu.draw_branches()
+    expected = test_branches_tpu.run_branches(x, dy, scale)
+    axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+    with jax.set_mesh(sharding.make_mesh(axes, batch_size=len(x))):
+      actual = test_branches_tpu.run_branches(x, dy, scale)
+
+  def compare(actual, expected):
+    actual, expected = np.float32(actual), np.float32(expected)
+    # Sums are in another order; the largest difference is one of bfloat16.
+    tolerance = 2**-7 * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+
+  jax.tree.map(compare, actual, expected)
   print('the same')
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from dualformer_jax.input_pipeline import decoding
+from dualformer_jax.input_pipeline import video_writer
 
 CLASSES = ('first', 'second', 'third class')
 NUM_VIDEOS = {'train': 11, 'validation': 5}
@@ -41,7 +41,7 @@ def video(index: int) -> bytes:
   levels = [brightness(index, frame) for frame in range(FRAMES)]
   frames = np.array(levels, np.uint8)[:, None, None, None]
   frames = np.broadcast_to(frames, (FRAMES, *SIZE, 3))
-  return decoding.encode_mp4(frames, fps=25, crf=1)
+  return video_writer.encode_mp4(frames, fps=25, crf=1)
 
 
 class Levels(tfds.core.GeneratorBasedBuilder):

@@ -7,9 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from dualformer_jax.input_pipeline.views import Preprocessing
+from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.training import checkpoint
 
 FIELDS: dict[str, Any] = {
   'depths': (1,),  # little to compile
@@ -52,7 +52,7 @@ def save(
   checkpoint.save_model(
     folder,
     variables,
-    checkpoint.Description(
+    checkpoint.CheckpointMetadata(
       FIELDS,
       dataclasses.replace(PREPROCESSING, **preprocessing),
       CLASS_NAMES,

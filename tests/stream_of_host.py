@@ -1,6 +1,6 @@
-"""What a host reads; printed by `python -m tests.stream_of_host '{...}'`.
+"""Prints what a host reads: `python -m tests.stream_of_host '{...}'`.
 
-As a process of its own, as hosts are; a line of JSON for each batch.
+Run as a separate process for each host; prints a line of JSON per batch.
 """
 
 from __future__ import annotations
@@ -10,25 +10,24 @@ import json
 import sys
 from typing import Any
 
-from dualformer_jax.input_pipeline import loader, records, views
+from dualformer_jax.input_pipeline import loader, transforms
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
 
 
-def read(asked: dict[str, Any]) -> list[dict[str, Any]]:
-  """The rows of each batch, and the state after it."""
-  dataset = records.PreparedDataset('levels', 'train', asked['data_dir'])
-  clips = loader.train_loader(
+def read(request: dict[str, Any]) -> list[dict[str, Any]]:
+  """Returns the rows of each batch, and the state after it."""
+  dataset = PreparedDataset('levels', 'train', request['data_dir'])
+  clips = loader.TrainLoader(
     dataset,
-    views.Preprocessing(4, 2, 24),
-    batch_size=asked['batch_size'],
-    seed=3,
-    rows=asked['rows'],
-    num_threads=asked['num_threads'],
-    short_side=30,
+    transforms.Preprocessing(4, 2, 24),
+    loader.TrainOptions(seed=3, short_side=30),
+    loader.HostBatch(request['batch_size'], request['rows']),
+    num_threads=request['num_threads'],
   )
-  if asked['state']:
-    clips.set_state(asked['state'])
+  if request['state']:
+    clips.set_state(request['state'])
   batches = []
-  for _ in range(asked['batches']):
+  for _ in range(request['batches']):
     batch = next(clips)
     rows = [
       [name, int(label), hashlib.sha256(clip.tobytes()).hexdigest()]

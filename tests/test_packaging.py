@@ -1,4 +1,4 @@
-"""What is installed is declared, imports alone, and its scripts are sound."""
+"""Packaging: declared requirements, imports, commands, and scripts."""
 
 import ast
 import configparser
@@ -18,9 +18,10 @@ SCRIPTS = [*sorted((ROOT / 'scripts').glob('*.sh')), ROOT / '.ci' / 'run']
 ENTRY_POINTS = [
   path.stem
   for path in sorted(PACKAGE.glob('*.py'))
-  if "if __name__ == '__main__':" in path.read_text()
+  if path.stem != '__main__'
+  and "if __name__ == '__main__':" in path.read_text()
 ]
-# Installed by the extras only, or not at all.
+# Packages of the extras, and PyTorch.
 OPTIONAL = (
   'apache_beam',
   'fastapi',
@@ -32,7 +33,7 @@ OPTIONAL = (
   'torch',
   'uvicorn',
 )
-# What models and training steps must do without, beside these.
+# Packages that models and training steps do not need either.
 DATA_LIBRARIES = (
   'array_record',
   'av',
@@ -43,7 +44,13 @@ DATA_LIBRARIES = (
   'ml_collections',
   'tensorflow_datasets',
 )
-STEP_MODULES = ('losses', 'optimizer', 'sharding', 'step')
+STEP_MODULES = (
+  'distributed.sharding',
+  'training.losses',
+  'training.optimizer',
+  'training.state',
+  'training.step',
+)
 
 
 def _run(*command):
@@ -52,9 +59,14 @@ def _run(*command):
 
 def _import_without(absent, modules):
   """Imports modules in a process where others cannot be imported."""
+  # Not None in sys.modules: TFDS looks there to see if TensorFlow is loaded.
   code = f"""
-import importlib, sys
-sys.modules.update(dict.fromkeys({absent!r}))
+import importlib, importlib.abc, sys
+class Absent(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path=None, target=None):
+    if name in {absent!r}:
+      raise ModuleNotFoundError(f'No module named {{name!r}}', name=name)
+sys.meta_path.insert(0, Absent())
 for name in {modules!r}:
   importlib.import_module(name)
 """
@@ -97,22 +109,18 @@ def _imports(path):
       yield node.module.split('.')[0]
 
 
-# What is declared.
-
-
 @pytest.mark.parametrize(
   ('folder', 'extras'),
   [
-    ('dualformer_jax', ('demo',)),
+    ('dualformer_jax', ('demo', 'prepare')),
     ('configs', ()),
     ('data', ('prepare',)),
     ('tests', ('prepare', 'test')),
   ],
 )
-def test_what_is_imported_is_declared(folder, extras):
+def test_imported_packages_are_declared(folder, extras):
   distributions = importlib.metadata.packages_distributions()
   ours = {'configs', 'data', 'dualformer_jax', 'tests'}
-  ours |= {path.stem for path in (ROOT / 'data').iterdir()}
   declared: set[str] = {*_requirements(*extras)}
   if folder == 'tests':
     declared.add('torch')  # skipped without
@@ -122,15 +130,17 @@ def test_what_is_imported_is_declared(folder, extras):
       assert providers & declared, f'{path} imports {name}'
 
 
-def test_every_requirement_has_one_tested_version_in_its_range():
-  lines = (ROOT / 'constraints.txt').read_text().splitlines()
+@pytest.mark.parametrize('python', ['3.11', '3.12', '3.13'])
+def test_each_requirement_has_one_tested_version(python):
   pins = {}
-  for line in lines:
-    if line and not line.startswith('#'):
-      pin = Requirement(line)
+  for line in (ROOT / 'constraints.txt').read_text().splitlines():
+    if not line or line.startswith('#'):
+      continue
+    pin = Requirement(line)
+    if pin.marker is None or pin.marker.evaluate({'python_version': python}):
       [specifier] = pin.specifier
       assert specifier.operator == '=='
-      assert canonicalize_name(pin.name) not in pins
+      assert canonicalize_name(pin.name) not in pins, line
       pins[canonicalize_name(pin.name)] = specifier.version
   for name, requirement in _requirements(
     'prepare', 'demo', 'test', 'plan'
@@ -139,53 +149,42 @@ def test_every_requirement_has_one_tested_version_in_its_range():
   assert 'torch' not in pins
 
 
-# What can be imported.
-
-
-def test_all_of_the_package_imports_without_the_extras():
-  modules = {_module_name(path) for path in PACKAGE.rglob('*.py')}
-  commands = {f'dualformer_jax.{name}' for name in ENTRY_POINTS}
-  _import_without(OPTIONAL, sorted(modules - commands))
-  for name in commands:  # each has flags of its own
-    _import_without(OPTIONAL, [name])
+def test_the_package_imports_without_the_extras():
+  """All modules, in one process: no command defines flags on import."""
+  modules = [_module_name(path) for path in PACKAGE.rglob('*.py')]
+  modules.remove('dualformer_jax.__main__')
+  modules.remove('dualformer_jax.inference.demo_page')  # is of the extra `demo`
+  _import_without(OPTIONAL, sorted(modules))
 
 
 def test_models_and_steps_import_without_the_data_libraries():
-  modules = [_module_name(path) for path in PACKAGE.glob('models/*.py')]
-  modules += [
-    f'dualformer_jax.training.{name}'
-    for name in STEP_MODULES
-    if (PACKAGE / 'training' / f'{name}.py').exists()
-  ]
+  paths = [*PACKAGE.glob('models/*.py'), *PACKAGE.glob('kernels/*.py')]
+  modules = [_module_name(path) for path in paths]
+  modules += [f'dualformer_jax.{name}' for name in STEP_MODULES]
   _import_without(OPTIONAL + DATA_LIBRARIES, modules)
 
 
-# What can be run.
-
-
-def test_every_entry_point_is_a_command():
+def test_each_command_has_a_console_script():
   commands = _setup()['options.entry_points']['console_scripts'].split('\n')
   targets = [command.split(' = ')[1] for command in commands if command]
   assert {f'dualformer_jax.{name}:cli' for name in ENTRY_POINTS} == {*targets}
 
 
 @pytest.mark.parametrize('name', ENTRY_POINTS)
-def test_help_prints(name):
+def test_help_lists_flags(name):
   process = _run(sys.executable, '-m', f'dualformer_jax.{name}', '--help')
   assert process.returncode == 0, process.stderr
   assert '--' in process.stdout
 
 
-@pytest.mark.parametrize('name', ENTRY_POINTS)
-def test_command_prints_its_help(name):
-  """The console script calls `cli`, from wherever it is started."""
+def test_console_scripts_call_cli():
   code = (
-    f"import sys; sys.argv = ['command', '--help']\n"
-    f'from dualformer_jax.{name} import cli; cli()'
+    "import sys; sys.argv = ['command', '--help']\n"
+    'from dualformer_jax.predict import cli; cli()'
   )
   process = _run(sys.executable, '-c', code)
   assert process.returncode == 0, process.stderr
-  assert '--' in process.stdout
+  assert '--checkpoint' in process.stdout
 
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
@@ -195,15 +194,15 @@ def test_script_is_valid_bash(path):
 
 
 @pytest.mark.parametrize('path', SCRIPTS, ids=lambda path: path.name)
-def test_script_can_be_run(path):
+def test_script_is_executable(path):
   is_sourced = path.name == 'environment.sh'
   assert bool(path.stat().st_mode & 0o111) == (not is_sourced)
 
 
-def test_no_file_names_a_machine_of_its_author():
+def test_no_file_contains_an_absolute_path_of_its_author():
   process = _run('git', 'ls-files', '-z')
   if process.returncode:
-    pytest.skip('this is no git repository: no list of its files')
+    pytest.skip('not a git repository')
   absolute = re.compile(r'(?<![\w.~])/(home|opt|root|srv|Users|work)/')
   for name in filter(None, process.stdout.split('\0')):
     try:
@@ -211,3 +210,65 @@ def test_no_file_names_a_machine_of_its_author():
     except (UnicodeDecodeError, FileNotFoundError):  # binary, or just deleted
       continue
     assert not absolute.search(text), name
+
+
+def _fake_python(folder, version, source):
+  """Writes an executable that claims to be an interpreter."""
+  path = folder / f'python{version}'
+  path.write_text(f'#!/bin/sh\n{source}\n')
+  path.chmod(0o755)
+
+
+def _find_python(path, *arguments):
+  """Runs find_python of scripts/environment.sh with another PATH."""
+  text = (ROOT / 'scripts' / 'environment.sh').read_text()
+  functions = re.findall(
+    r'^(?:is_usable|find_python)\(\) {.*?^}', text, re.M | re.S
+  )
+  assert len(functions) == 2
+  environment = {
+    'PATH': f'{path}:/usr/bin:/bin',
+    'PYENV_ROOT': str(path / 'pyenv'),
+  }
+  return subprocess.run(
+    [
+      '/bin/bash',
+      '-c',
+      '\n'.join([*functions, 'find_python "$@"']),
+      'bash',
+      *arguments,
+    ],
+    capture_output=True,
+    text=True,
+    env=environment,
+  )
+
+
+def test_an_interpreter_that_only_prints_an_error_is_passed_over(tmp_path):
+  """As pyenv's shims of versions that are not active do."""
+  version = f'{sys.version_info[0]}.{sys.version_info[1]}'
+  newer = [v for v in ('3.13', '3.12', '3.11') if v > version]
+  for name in newer:
+    _fake_python(
+      tmp_path, name, f'echo "pyenv: python{name}: not found" >&2; exit 127'
+    )
+  _fake_python(tmp_path, version, f'exec {sys.executable} "$@"')
+  found = _find_python(tmp_path)
+  assert found.stdout == f'python{version}\n'
+
+
+def test_installed_pyenv_versions_are_found(tmp_path):
+  version = f'{sys.version_info[0]}.{sys.version_info[1]}'
+  _fake_python(tmp_path, version, 'exit 127')
+  _fake_python(tmp_path, '3', 'exit 127')
+  folder = tmp_path / 'pyenv' / 'versions' / f'{version}.1' / 'bin'
+  folder.mkdir(parents=True)
+  _fake_python(folder, '', f'exec {sys.executable} "$@"')
+  assert _find_python(tmp_path, version).stdout == f'{folder}/python\n'
+
+
+def test_no_usable_interpreter_is_an_error(tmp_path):
+  _fake_python(tmp_path, '3.9', 'exit 127')
+  found = _find_python(tmp_path, '3.9')
+  assert found.returncode == 1
+  assert 'PYTHON=/path/to/python' in found.stderr

@@ -10,12 +10,15 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
+from dualformer_jax import main
+from tests import in_process, xla_flags
+
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
 # Compiles in half of the time; at 0, steps would take longer than it saves.
-UNOPTIMIZED = (
-  '--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false'
-)
+UNOPTIMIZED = xla_flags.fast_compilation(1)
 # configs/motion.py with little to compute: one stage with both kinds of
 # attention, and a coarse level with its BatchNorm.
 TINY = (
@@ -40,6 +43,12 @@ class SummaryWriter:
     self._path.parent.mkdir(parents=True, exist_ok=True)
     with self._path.open('a') as file:
       file.write(json.dumps([os.getpid(), step, scalars]) + '\\n')
+
+  def write_texts(self, step, texts):
+    pass
+
+  def flush(self):
+    pass
 
   def close(self):
     pass
@@ -90,7 +99,10 @@ def environment(
     (clu / 'metric_writers.py').write_text(_WRITER)
     path = f'{clu.parent}{os.pathsep}{path}'
   return os.environ | {
-    'JAX_COMPILATION_CACHE_DIR': str(cache),
+    # scripts/test.sh names a folder for all processes that run tests.
+    'JAX_COMPILATION_CACHE_DIR': os.environ.get(
+      'JAX_COMPILATION_CACHE_DIR', str(cache)
+    ),
     'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
     'JAX_PLATFORMS': 'cpu',
     'PYTHONPATH': path,
@@ -116,6 +128,18 @@ def run(
     timeout=600,
     check=False,
   )
+
+
+def run_here(
+  *flags: str, workdir: str | os.PathLike[str], config: str = 'motion'
+) -> subprocess.CompletedProcess[str]:
+  """Runs the command in this process, without TensorBoard's files."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(sys.modules, 'clu.metric_writers', None)
+    if 'clu' in sys.modules:
+      patch.delattr(sys.modules['clu'], 'metric_writers', raising=False)
+    arguments = command(*flags, config=config, workdir=workdir)[3:]
+    return in_process.run(main, *arguments, with_log=True)
 
 
 def scalars(workdir: pathlib.Path) -> tuple[list[int], dict[Any, float]]:

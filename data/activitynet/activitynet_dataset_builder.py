@@ -1,76 +1,38 @@
-"""ActivityNet 1.3: 200 activities in untrimmed videos of YouTube.
+"""ActivityNet 1.3: 200 activities in untrimmed videos from YouTube."""
 
-  tfds build data/activitynet --manual_dir=VIDEOS --data_dir=OUT
-
-Whole videos with the label of the first annotation or, with --config=segments,
-every annotated segment as a video of its own.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-import dataclasses
 import pathlib
 
-import tensorflow_datasets as tfds
-
-import preparation
-import published
+from dualformer_jax.input_pipeline.preparing import annotation, builder
 
 _SPLITS = {'training': 'train', 'validation': 'validation'}
 
 
-@dataclasses.dataclass(eq=False)
-class SegmentsConfig(preparation.StorageConfig):
-  """How the videos are stored, and whether they are cut into segments."""
+class Builder(annotation.AnnotatedBuilder):
+  """Builds ActivityNet 1.3; a video gets the label of its first annotation.
 
-  segments: bool = False
+  With --config=segments each annotated segment is a video.
+  """
 
+  CONFIGS = builder.storage_configs('videos', 'segments')
+  del CONFIGS['segments_verbatim']  # Parts of a file must be re-encoded.
 
-def _configs() -> dict[str, preparation.StorageConfig]:
-  configs = preparation.storage_configs(
-    SegmentsConfig, videos={'segments': False}, segments={'segments': True}
-  )
-  del configs['segments_verbatim']  # A part of a file is no file.
-  return configs
-
-
-class Builder(published.AnnotatedBuilder):
-  """Stores the videos of ActivityNet 1.3."""
-
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First.'}
-  CONFIGS = _configs()
-  BUILDER_CONFIGS = [CONFIGS['videos']]
-
-  def read_annotations(
-    self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
+  def read_annotations(self, folder: pathlib.Path) -> annotation.Listing:
     """See the base class."""
-    config = self.builder_config
-    assert isinstance(config, SegmentsConfig)
-    path = published.find_one(folder, 'activity_net.v1-3.min.json')
-    classes = set()
-    listed = []
-    with published.malformed(path):
-      for youtube_id, video in published.read_json(path)['database'].items():
-        name = f'v_{youtube_id}'
-        found = video['annotations']  # None for testing.
-        classes.update(annotation['label'] for annotation in found)
-        if video['subset'] not in _SPLITS or not found:
+    with annotation.open_file(folder, 'activity_net.v1-3.min.json') as path:
+      database = annotation.read_json(path)['database']
+      segments = [s for v in database.values() for s in v['annotations']]
+      class_names = sorted({segment['label'] for segment in segments})
+      listing = annotation.Listing(class_names)
+      for youtube_id, video in database.items():
+        split = _SPLITS.get(video['subset'])
+        if split is None:
           continue
-        split = _SPLITS[video['subset']]
-        for number, annotation in enumerate(found):
-          start, end = map(float, annotation['segment'])
-          whole = published.Listed(
-            name, annotation['label'], split, other_name=youtube_id
-          )
-          if not config.segments:
-            listed.append(whole)
+        name, fields = f'v_{youtube_id}', {'other_name': youtube_id}
+        for number, segment in enumerate(video['annotations']):
+          if self.config.variant == 'segments':
+            start, end = map(float, segment['segment'])
+            fields.update(seconds=(start, end), video_id=f'{name}/{number}')
+          listing.add(name, segment['label'], split, **fields)
+          if self.config.variant == 'videos':
             break
-          listed.append(
-            dataclasses.replace(
-              whole, seconds=(start, end), video_id=f'{name}/{number}'
-            )
-          )
-    return sorted(classes), listed
+    return listing

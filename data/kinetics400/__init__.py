@@ -1,1 +1,1 @@
-"""Kinetics-400: ten seconds of YouTube videos, 400 human actions."""
+"""Kinetics-400: clips of ten seconds from YouTube, 400 human actions."""

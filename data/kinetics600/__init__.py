@@ -1,1 +1,1 @@
-"""Kinetics-600: ten seconds of YouTube videos, 600 human actions."""
+"""Kinetics-600: clips of ten seconds from YouTube, 600 human actions."""

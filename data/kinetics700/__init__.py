@@ -1,1 +1,1 @@
-"""Kinetics-700: ten seconds of YouTube videos, 700 human actions."""
+"""Kinetics-700: clips of ten seconds from YouTube, 700 human actions."""

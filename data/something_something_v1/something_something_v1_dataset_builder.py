@@ -1,30 +1,9 @@
-"""Something-Something V1: 174 things done with objects.
+"""Something-Something V1: 174 actions with objects."""
 
-  tfds build data/something_something_v1 --manual_dir=VIDEOS --data_dir=OUT
-
-Published as folders of frames, 12 a second.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
-import pathlib
-
-import tensorflow_datasets as tfds
-
-import published
-import twentybn
+from dualformer_jax.input_pipeline.preparing import twentybn
 
 
-class Builder(published.AnnotatedBuilder):
-  """Stores the videos of Something-Something V1."""
+class Builder(twentybn.TwentyBnBuilder):
+  """Builds Something-Something V1."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First.'}
-  FRAME_RATE = twentybn.FRAME_RATE
-
-  def read_annotations(
-    self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
-    """See the base class."""
-    return twentybn.read(folder, 'something-something-v1')
+  PREFIX = 'something-something-v1'

@@ -1,49 +1,27 @@
-"""Something-Something V2: 174 things done with objects.
+"""Something-Something V2: 174 actions with objects."""
 
-  tfds build data/something_something_v2 --manual_dir=VIDEOS --data_dir=OUT
-
-The class of a video is its template, without the brackets around what was
-filled in.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Sequence
 import pathlib
 
-import tensorflow_datasets as tfds
-
-import published
-
-_NAMES = ('something-something-v2-{}.json', '{}.json')
+from dualformer_jax.input_pipeline.preparing import annotation
 
 
-class Builder(published.AnnotatedBuilder):
-  """Stores the videos of Something-Something V2."""
+class Builder(annotation.AnnotatedBuilder):
+  """Builds Something-Something V2."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First.'}
-
-  def read_annotations(
-    self, folder: pathlib.Path
-  ) -> tuple[Sequence[str], Sequence[published.Listed]]:
+  def read_annotations(self, folder: pathlib.Path) -> annotation.Listing:
     """See the base class."""
-    path = _find(folder, 'labels')
-    with published.malformed(path):
-      labels = published.read_json(path)
-      class_names = published.in_order(
-        {name: int(number) for name, number in labels.items()}
-      )
-    listed = []
+    with _open_file(folder, 'labels') as path:
+      class_names = annotation.sort_classes(dict(annotation.read_json(path)))
+    listing = annotation.Listing(class_names)
     for split in ('train', 'validation'):
-      path = _find(folder, split)
-      with published.malformed(path):
-        for video in published.read_json(path):
+      with _open_file(folder, split) as path:
+        for video in annotation.read_json(path):
+          # The class is the template without brackets around placeholders.
           label = video['template'].replace('[', '').replace(']', '')
-          label = published.known(label, labels)
-          listed.append(published.Listed(str(video['id']), label, split))
-    return class_names, listed
+          listing.add(str(video['id']), label, split)
+    return listing
 
 
-def _find(folder: pathlib.Path, what: str) -> pathlib.Path:
-  return published.find_one(folder, *(name.format(what) for name in _NAMES))
+def _open_file(folder: pathlib.Path, word: str):
+  names = (f'something-something-v2-{word}.json', f'{word}.json')
+  return annotation.open_file(folder, *names)

@@ -1,13 +1,4 @@
-"""Any folder of videos, a folder a class, becomes a dataset.
-
-  tfds build data/video_folder --manual_dir=VIDEOS --data_dir=OUT
-
-VIDEOS/CLASS/video.mp4 is split into train and validation;
-VIDEOS/{train,validation,test}/CLASS/video.mp4 is taken as it is. Files that
-cannot be decoded are listed in the report and left out.
-"""
-
-from __future__ import annotations
+"""A folder of videos with one subfolder per class."""
 
 import collections
 from collections.abc import Sequence
@@ -22,157 +13,85 @@ from absl import logging
 import tensorflow_datasets as tfds
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import storing
-import preparation
+from dualformer_jax.input_pipeline import video_container
+from dualformer_jax.input_pipeline.preparing import (
+  builder,
+  frame_folders,
+  transcoding,
+)
 
-# What a folder of a split may be called.
-_SPLITS = {
-  'train': 'train',
-  'validation': 'validation',
-  'val': 'validation',
-  'test': 'test',
-}
+# Splits by name of their folder.
+_SPLIT_NAMES = ('train', 'validation', 'test')
+_SPLITS = {name: name for name in _SPLIT_NAMES} | {'val': 'validation'}
 
 
 @dataclasses.dataclass(eq=False)
-class VideoFolderConfig(preparation.StorageConfig):
-  """How the videos are stored and split.
+class VideoFolderConfig(builder.StorageConfig):
+  """A configuration with a rule for splitting."""
 
-  Attributes:
-    validation_share: of the videos of a class, where the folder does not say.
-  """
-
+  # Of the videos of each class, if there are no folders of splits.
   validation_share: float = 0.2
 
 
-class Builder(preparation.ReportingBuilder):
-  """Stores the videos of a folder."""
+class Builder(builder.VideoDatasetBuilder):
+  """Builds a dataset from CLASS/video.mp4 or SPLIT/CLASS/video.mp4."""
 
-  VERSION = tfds.core.Version('1.0.0')
-  RELEASE_NOTES = {'1.0.0': 'First.'}
   MANUAL_DOWNLOAD_INSTRUCTIONS = (
-    'Videos as MANUAL_DIR/CLASS/video.mp4, or, split by yourself, as'
+    'Videos as MANUAL_DIR/CLASS/video.mp4, or with your own splits as'
     ' MANUAL_DIR/train/CLASS/video.mp4 and'
     ' MANUAL_DIR/validation/CLASS/video.mp4.'
   )
-  CONFIGS = preparation.storage_configs(VideoFolderConfig)
-  BUILDER_CONFIGS = [CONFIGS['reencoded']]
-
-  def _info(self) -> tfds.core.DatasetInfo:
-    return self.dataset_info_from_configs(features=preparation.features())
+  CONFIGS = builder.storage_configs(config_class=VideoFolderConfig)
 
   def _split_generators(
     self, dl_manager: tfds.download.DownloadManager
   ) -> dict[str, Any]:
-    folder = preparation.manual_folder(dl_manager, self.name)
-    config = self.builder_config
+    folder = self.manual_folder(dl_manager)
+    config = self.config
     assert isinstance(config, VideoFolderConfig)
     found = find_videos(folder)
-    stored = self.store(found.videos, config.storage)
-    if not stored:
-      raise errors.UserError(
-        f'{_text(folder)}: none of its {len(found.videos)} videos can be'
-        ' decoded; the lines above say why'
-      )
+    stored = self.store(found.videos, folder)
     if not found.has_splits:
       stored = choose_splits(stored, config.validation_share)
-    splits = {
-      split: [item for item in stored if item[0].split == split]
-      for split in dict.fromkeys(_SPLITS.values())
-    }
-    splits = {split: videos for split, videos in splits.items() if videos}
-
-    notes = [*found.notes, *_missing(found, stored)]
+    notes = [*found.notes, *_find_empty_classes(found, stored)]
     for note in notes:
       logging.warning('%s', note)
     self.findings.update(ignored=found.ignored, notes=notes)
-    self.label.names = found.class_names
-    return {
-      split: self.examples(split, videos, config.storage)
-      for split, videos in splits.items()
-    }
-
-  def _generate_examples(self, *args: Any) -> Any:
-    raise NotImplementedError  # TFDS wants it; _split_generators does it all.
-
-
-# Videos, each with what was stored of it.
-Stored = Sequence[tuple[preparation.Video, storing.Stored]]
+    self.class_label.names = found.class_names
+    return self.examples(stored, _SPLIT_NAMES)
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """What a folder holds.
+class VideoFolder:
+  """The videos of a folder, sorted by path, whether they can be decoded or not.
 
-  Attributes:
-    videos: files with a video's extension, good or not, sorted.
-    has_splits: whether the folder says which are for training.
-    ignored: how many other files there are, by kind.
-    notes: what its owner may want to know, a line each.
+  `ignored` counts other files by kind; `notes` are for the user.
   """
 
-  videos: list[preparation.Video]
+  videos: list[transcoding.Video]
   has_splits: bool
   ignored: dict[str, int]
   notes: list[str]
 
   @property
   def class_names(self) -> list[str]:
-    """Sorted; a folder of videos is a class even if none of them is good."""
+    """Sorted; a folder of videos is a class even if none can be decoded."""
     return sorted({video.labels[0] for video in self.videos})
 
 
-def find_videos(root: pathlib.Path) -> Found:
-  """Looks through ROOT/CLASS or ROOT/SPLIT/CLASS, subfolders and links too.
+def find_videos(root: pathlib.Path) -> VideoFolder:
+  """Finds ROOT/CLASS/video.mp4 or ROOT/SPLIT/CLASS/video.mp4; follows links.
 
-  Raises:
-    UserError: there is no video, or it cannot be told which class it is of.
+  Raises UserError if there are no videos, or their classes are ambiguous.
   """
-  # All paths here are relative to the root: so are those in the report.
   ignored: collections.Counter[str] = collections.Counter()
   notes: list[str] = []
-  files: list[pathlib.Path] = []
-  folders: list[pathlib.Path] = []
-
-  def walk(folder: pathlib.Path, above: Sequence[os.stat_result]) -> None:
-    try:
-      here = [*above, (root / folder).stat()]
-      names = sorted(os.listdir(root / folder))
-    except OSError as error:
-      notes.append(f'folder {_text(folder)!r} cannot be read: {error.strerror}')
-      return
-    suffixes = {pathlib.PurePath(name).suffix.lower() for name in names}
-    if (
-      len(folder.parts) > 1
-      and suffixes & preparation.FRAME_FILES
-      and not suffixes & preparation.VIDEO_FILES
-    ):
-      files.append(folder)  # A video as a folder of frames.
-      return
-    for path in (folder / name for name in names):
-      full = root / path
-      if path.name.startswith('.'):
-        ignored['hidden'] += 1
-      elif full.is_dir():
-        if any(os.path.samestat(full.stat(), stat) for stat in here):
-          notes.append(f'link {_text(path)!r} leads back to a folder above it')
-          continue
-        folders.append(path)
-        walk(path, here)
-        # It cannot be a video, and must not be passed over without a word.
-        if path.suffix.lower() in preparation.VIDEO_FILES:
-          files.append(path)
-      elif path.suffix.lower() in preparation.VIDEO_FILES:
-        files.append(path)
-      else:
-        ignored[_text(path.suffix.lower()) or 'no extension'] += 1
-
-  walk(pathlib.Path(), [])
-  has_splits = _has_splits(root, files)
-  depth = 2 if has_splits else 1  # How deep the folder of a class lies.
+  paths, folders = _walk(root, ignored, notes)
+  has_splits = _has_splits(root, paths)
+  depth = 2 if has_splits else 1  # Of the folder of a class.
   videos = []
   owners: dict[tuple[str, str], pathlib.Path] = {}
-  for path in files:
+  for path in paths:
     if len(path.parts) <= depth:
       ignored['not in the folder of a class'] += 1
       continue
@@ -182,96 +101,125 @@ def find_videos(root: pathlib.Path) -> Found:
     owner = owners.setdefault((split, label), folder)
     if not label or owner != folder:
       raise errors.UserError(
-        f'{_text(root)}: as names of classes, those of the folders'
-        f' {_text(owner)!r} and {_text(folder)!r} are both {label!r};'
-        ' they must differ, in more than blanks'
+        f'{_text(root)}: folders {_text(owner)!r} and {_text(folder)!r} are'
+        f' both class {label!r}; class names must differ in more than spaces'
       )
-    videos.append(preparation.Video(_text(path), root / path, label, split))
+    videos.append(transcoding.Video(_text(path), root / path, (label,), split))
   if not videos:
     raise errors.UserError(
-      f'{_text(root)}: no videos found; they should lie there as'
-      ' CLASS/video.mp4, or as train/CLASS/video.mp4 and'
-      ' validation/CLASS/video.mp4'
+      f'{_text(root)}: no videos found; expected CLASS/video.mp4, or'
+      ' train/CLASS/video.mp4 and validation/CLASS/video.mp4'
     )
-  owned = set(owners.values())
   notes += [
-    f'folder {_text(folder)!r} holds no video: not a class'
+    f'folder {_text(folder)!r} contains no videos and is not a class'
     for folder in folders
-    if len(folder.parts) == depth and folder not in owned
+    if len(folder.parts) == depth and folder not in owners.values()
   ]
-  return Found(videos, has_splits, dict(sorted(ignored.items())), notes)
+  counts = dict(sorted((+ignored).items()))  # Of what was ignored.
+  return VideoFolder(videos, has_splits, counts, notes)
+
+
+def _walk(
+  root: pathlib.Path, ignored: collections.Counter[str], notes: list[str]
+) -> tuple[list[pathlib.Path], list[pathlib.Path]]:
+  """Returns the videos and the folders below a folder, relative to it."""
+  videos, folders = [], []
+
+  def note_error(error: OSError) -> None:
+    folder = _text(os.path.relpath(error.filename, root))
+    notes.append(f'folder {folder!r} cannot be read: {error.strerror}')
+
+  for top, names, files in os.walk(root, onerror=note_error, followlinks=True):
+    folder = pathlib.Path(top).relative_to(root)
+    visible = [folder / n for n in names + files if not n.startswith('.')]
+    suffixes = {pathlib.PurePath(name).suffix.lower() for name in names + files}
+    has_images = bool(suffixes & frame_folders.SUFFIXES)
+    has_videos = bool(suffixes & video_container.SUFFIXES)
+    if len(folder.parts) > 1 and has_images and not has_videos:
+      videos.append(folder)  # A video stored as a folder of frames.
+      names.clear()
+      continue
+    ignored['hidden'] += len(names + files) - len(visible)
+    below = []
+    for path in visible:
+      suffix = path.suffix.lower()
+      if path.name in names:
+        if any(os.path.samefile(root / path, root / p) for p in path.parents):
+          notes.append(f'link {_text(path)!r} leads to a folder above it')
+          continue
+        below.append(path)
+      # A folder named like a video is reported as undecodable.
+      if suffix in video_container.SUFFIXES:
+        videos.append(path)
+      elif path.name not in names:
+        ignored[_text(suffix) or 'no extension'] += 1
+    folders += below
+    names[:] = [path.name for path in below]
+  return sorted(videos), sorted(folders)
 
 
 def _has_splits(root: pathlib.Path, paths: Sequence[pathlib.Path]) -> bool:
-  """Whether the folders below the root are splits, rather than classes."""
+  """Returns whether the folders below the root are splits, not classes."""
   tops = {path.parts[0] for path in paths if len(path.parts) > 1}
-  splits = {
-    path.parts[0]
-    for path in paths
-    if len(path.parts) > 2 and path.parts[0] in _SPLITS
-  }
+  splits = {p.parts[0] for p in paths if len(p.parts) > 2} & _SPLITS.keys()
   if len(splits) > 1 and not tops <= _SPLITS.keys():
     raise errors.UserError(
-      f'{_text(root)}: the folders of splits {sorted(splits)} and other'
-      f' folders {sorted(map(_text, tops - _SPLITS.keys()))} lie side by side;'
-      ' give either splits, or classes'
+      f'{_text(root)}: contains folders of splits {sorted(splits)} and other'
+      f' folders {sorted(map(_text, tops - _SPLITS.keys()))}; use either splits'
+      ' or classes'
     )
   return bool(splits) and tops <= _SPLITS.keys()
 
 
-def choose_splits(stored: Stored, share: float) -> Stored:
-  """Chooses the videos for validation, a share of each class.
+def choose_splits(
+  stored: builder.StoredVideos, share: float
+) -> builder.StoredVideos:
+  """Assigns a share of each class to validation: at least one video, not all.
 
-  At least one of a class, and never all. Which ones depends on nothing but
-  their names.
+  The choice depends only on the names of the videos.
   """
   classes = collections.defaultdict(list)
   for video, _ in stored:
     classes[video.labels[0]].append(video.video_id)
-  held_out = set()
+  validation = set()
   for names in classes.values():
     number = max(1, round(share * len(names))) if share else 0
     number = min(number, len(names) - 1)
-    held_out.update(sorted(names, key=_hash)[:number])
+    validation.update(sorted(names, key=_hash)[:number])
+
+  def split(video: transcoding.Video) -> str:
+    return 'validation' if video.video_id in validation else 'train'
+
   return [
-    (
-      dataclasses.replace(
-        video,
-        split='validation' if video.video_id in held_out else 'train',
-      ),
-      kept,
-    )
-    for video, kept in stored
+    (dataclasses.replace(video, split=split(video)), result)
+    for video, result in stored
   ]
 
 
-def _missing(found: Found, stored: Stored) -> list[str]:
-  """A line for each class that a split has no video of."""
-  there = {(video.split, video.labels[0]) for video, _ in stored}
-  splits = {video.split for video in found.videos} - {''}
+def _find_empty_classes(
+  found: VideoFolder, stored: builder.StoredVideos
+) -> list[str]:
+  """Returns a note for each class without videos in a split."""
+  present = {(video.split, video.labels[0]) for video, _ in stored}
+  used = {video.split for video in found.videos} - {''}
+  splits = [s for s in _SPLIT_NAMES if s in (used or {'train', 'validation'})]
   notes = []
   for name in found.class_names:
-    lacking = [
-      split
-      for split in dict.fromkeys(_SPLITS.values())
-      if split in (splits or {'train', 'validation'})
-      and (split, name) not in there
-    ]
-    if lacking:
-      notes.append(f'class {name!r} has no good video for {", ".join(lacking)}')
+    if empty := [split for split in splits if (split, name) not in present]:
+      notes.append(f'class {name!r} has no good video for {", ".join(empty)}')
   return notes
 
 
 def _hash(name: str) -> bytes:
-  # Some file systems store letters and their accents apart.
+  # Normalized, as some file systems store letters and accents separately.
   return hashlib.sha256(unicodedata.normalize('NFC', name).encode()).digest()
 
 
 def _text(path: pathlib.Path | str) -> str:
-  """A path as text that can be written: a name need not be valid UTF-8."""
+  """Returns a path as valid text, with escapes for bytes that are not."""
   return os.fsencode(path).decode('utf-8', 'backslashreplace')
 
 
 def _class_name(folder: str) -> str:
-  """On one line, without blanks at its ends, as TFDS stores names."""
+  """Returns a name on one line without outer spaces, as TFDS stores it."""
   return unicodedata.normalize('NFC', ' '.join(_text(folder).split()))

@@ -1,1 +1,1 @@
-"""Where clips come from: NumPy, PyAV, OpenCV and Grain; nothing of Flax."""
+"""Input pipeline: datasets, decoding, transforms, loaders. No JAX."""

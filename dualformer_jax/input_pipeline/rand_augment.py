@@ -1,8 +1,7 @@
-"""RandAugment (Cubuk et al., arXiv 1909.13719): the draws, and the host's part.
+"""RandAugment (Cubuk et al., arXiv 1909.13719): draws and geometric operations.
 
-Of the operations drawn for a clip, the geometric ones become one warp, which is
-done here; those on colours are left to the accelerator, and are only numbers
-here.
+The geometric operations of a clip become one warp on the host. Color operations
+are only drawn here; training/augment.py applies them on the device.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from jaxtyping import Float32, Float64, Int32, UInt8
 import numpy as np
 
 GEOMETRIC_OPS = ('rotate', 'shear_x', 'shear_y', 'translate_x', 'translate_y')
-# Batches hold their places in this list; the first stands for no operation.
+# Batches have indices into this list; 0 is no operation.
 COLOR_OPS = (
   'identity',
   'autocontrast',
@@ -30,7 +29,7 @@ COLOR_OPS = (
   'sharpness',
 )
 MAX_MAGNITUDE = 10
-# What the highest magnitude stands for.
+# At the highest magnitude.
 _MAX_ANGLE = math.radians(30)
 _MAX_SHEAR = 0.3
 _MAX_SHIFT = 0.45  # of the frame's side
@@ -38,14 +37,14 @@ _MAX_SHIFT = 0.45  # of the frame's side
 
 @dataclasses.dataclass(frozen=True)
 class Operations:
-  """What was drawn for a clip.
+  """The operations drawn for a clip.
 
   Attributes:
-    color_ops: places in COLOR_OPS, in the order to be done; 0 where a geometric
-      one was drawn.
-    magnitudes: of each, -1..1; the sign matters where there are two directions.
-    matrix: all geometric ones as one affine map, from where a pixel (x, y, 1)
-      is to where it goes.
+    color_ops: indices into COLOR_OPS in the order of application; 0 for a
+      geometric operation.
+    magnitudes: of each operation, -1..1; the sign is the direction.
+    matrix: affine map of all geometric operations, from source pixels (x, y, 1)
+      to target pixels.
   """
 
   color_ops: Int32[np.ndarray, ' ops']
@@ -56,12 +55,12 @@ class Operations:
 def draw(
   rng: np.random.Generator, num_ops: int, magnitude: int, size: int
 ) -> Operations:
-  """Draws operations for a clip, each as likely as any other, with repetitions.
+  """Draws operations for a clip, uniformly and with replacement.
 
   Args:
-    rng: decides on operations and signs.
-    num_ops: how many.
-    magnitude: of all, 0..10.
+    rng: draws operations and signs.
+    num_ops: number of operations.
+    magnitude: of all operations, 0..10.
     size: height and width of the clip, in pixels.
   """
   colors = COLOR_OPS[1:]
@@ -80,28 +79,27 @@ def draw(
 def affine_map(
   name: str, magnitude: float, size: int
 ) -> Float64[np.ndarray, '3 3']:
-  """A geometric operation, from where a pixel (x, y, 1) is to where it goes.
+  """Returns the map of an operation from source to target pixels (x, y, 1).
+
+  Rotations and shears keep the center of the frame in place.
 
   Args:
     name: one of GEOMETRIC_OPS.
-    magnitude: -1..1: up to 30 degrees (clockwise), a shear of 0.3, or 0.45 of
-      the side.
-    size: height and width of the frames; their centre stays where it is, but in
-      translations.
+    magnitude: -1..1, of at most 30 degrees (clockwise), a shear of 0.3, or a
+      translation by 0.45 of the side.
+    size: height and width of the frames, in pixels.
   """
   matrix = np.eye(3)
+  axis = int(name.endswith('_y'))
+  if name.startswith('translate'):
+    matrix[axis, 2] = _MAX_SHIFT * magnitude * size
+    return matrix
   if name == 'rotate':
     angle = _MAX_ANGLE * magnitude
     cos, sin = math.cos(angle), math.sin(angle)
     matrix[:2, :2] = [[cos, -sin], [sin, cos]]
-  elif name == 'shear_x':
-    matrix[0, 1] = _MAX_SHEAR * magnitude
-  elif name == 'shear_y':
-    matrix[1, 0] = _MAX_SHEAR * magnitude
   else:
-    axis = ('translate_x', 'translate_y').index(name)
-    matrix[axis, 2] = _MAX_SHIFT * magnitude * size
-    return matrix
+    matrix[axis, 1 - axis] = _MAX_SHEAR * magnitude
   center = np.full(2, (size - 1) / 2)
   matrix[:2, 2] = center - matrix[:2, :2] @ center
   return matrix
@@ -112,12 +110,12 @@ def warp(
   matrix: Float64[np.ndarray, '2 3'],
   fill: Sequence[float],
 ) -> UInt8[np.ndarray, 't h w 3']:
-  """Maps all frames alike (bilinear).
+  """Applies the same affine map to all frames (bilinear).
 
   Args:
     frames: RGB.
-    matrix: as in Operations.
-    fill: RGB of what lies outside of the frames.
+    matrix: see Operations.
+    fill: RGB of pixels from outside of the frames.
   """
   if np.array_equal(matrix, np.eye(2, 3)):
     return frames

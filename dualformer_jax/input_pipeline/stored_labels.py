@@ -1,8 +1,8 @@
-"""Token labels that were stored once for a whole dataset, by index.
+"""Token labels of a whole dataset, computed once and read by index.
 
-Beside a prepared dataset, a folder holds for each of its videos the highest
-scores of every token of the whole frame, at times all along the video. Files
-are ArrayRecord, a record for each video, in the dataset's order.
+A folder beside a prepared dataset has, for each video, the highest scores of
+every token of the whole frame, for clips spread over the video. The files are
+ArrayRecord with a record per video, in the dataset's order.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from array_record.python.array_record_module import (  # pyright: ignore
 from jaxtyping import Float32, Int, UInt16
 import numpy as np
 
-from dualformer_jax import errors
-from dualformer_jax.input_pipeline import frame_sampling, records, views
+from dualformer_jax import errors, files
+from dualformer_jax.input_pipeline import frame_sampling, transforms
+from dualformer_jax.input_pipeline.dataset import PreparedDataset, RecordError
 
-# Videos in a file: what is done again after an interruption, at most.
+# An interruption loses the labels of fewer videos than this.
 VIDEOS_PER_FILE = 256
-# More clips of a long video are spread evenly, for the memory's sake.
+# Limits memory; the clips of longer videos have gaps between them.
 _MAX_CLIPS = 64
 _META = 'token_labels.json'
 _FORMAT = 1
@@ -39,52 +40,50 @@ class VideoLabels:
   """The highest scores of the tokens of one video.
 
   Attributes:
-    times: the first frame of each frame of tokens, in rising order within each
-      clip that was scored; looped videos go on after their last frame.
-    values: the scores; classes that are not named have none.
-    classes: of which classes they are.
+    frame_indices: first video frame of each frame of tokens, rising within
+      each scored clip. Where a short video is looped, they continue past its
+      last frame.
+    values: the scores; other classes have none.
+    classes: the classes that the scores are of.
   """
 
-  times: Int[np.ndarray, ' n']
+  frame_indices: Int[np.ndarray, ' n']
   values: Float32[np.ndarray, 'n rows columns top']
   classes: UInt16[np.ndarray, 'n rows columns top']
 
   def to_bytes(self) -> bytes:
-    """The record that stands for it."""
-    return b''.join(
-      [
-        _HEADER.pack(*self.values.shape),
-        self.times.astype('<i4').tobytes(),
-        self.values.astype('<f4').tobytes(),
-        self.classes.astype('<u2').tobytes(),
-      ]
-    )
+    """Returns the record that from_bytes reads."""
+    values, classes = self.values.astype('<f4'), self.classes.astype('<u2')
+    arrays = (self.frame_indices.astype('<i4'), values, classes)
+    header = _HEADER.pack(*self.values.shape)
+    return header + b''.join(array.tobytes() for array in arrays)
 
   @classmethod
   def from_bytes(cls, record: bytes) -> VideoLabels:
-    """The inverse of to_bytes.
+    """Parses a record that to_bytes made.
 
     Raises:
       ValueError: the record is malformed.
     """
     shape = _HEADER.unpack_from(record)
     count = int(np.prod(shape, dtype=np.int64))
-    sizes = [_HEADER.size, 4 * shape[0], 4 * count, 2 * count]
-    if len(record) != sum(sizes):
-      raise ValueError(f'{len(record)} bytes, expected {sum(sizes)}')
-    ends = np.cumsum(sizes)
+    start = _HEADER.size + 4 * shape[0]
     return cls(
-      np.frombuffer(record[ends[0] : ends[1]], '<i4'),
-      np.frombuffer(record[ends[1] : ends[2]], '<f4').reshape(shape),
-      np.frombuffer(record[ends[2] :], '<u2').reshape(shape),
+      np.frombuffer(record, '<i4', shape[0], _HEADER.size),
+      np.frombuffer(record, '<f4', count, start).reshape(shape),
+      np.frombuffer(record, '<u2', count, start + 4 * count).reshape(shape),
     )
 
 
 class StoredLabels:
   """The token labels of the videos of a split, by index."""
 
-  def __init__(self, folder: str, dataset: records.PreparedDataset):
-    """Opens the folder, and checks that it is of this split.
+  def __init__(self, folder: str, dataset: PreparedDataset):
+    """Opens a folder and checks that it belongs to a split.
+
+    Args:
+      folder: that token_labels wrote.
+      dataset: the split.
 
     Raises:
       UserError: it is absent, incomplete, or of another dataset.
@@ -92,18 +91,18 @@ class StoredLabels:
     self.folder = pathlib.Path(folder).expanduser()
     meta = read_meta(self.folder)
     if meta is None or not meta.get('complete'):
-      state = 'was begun but not finished' if meta else 'holds no token labels'
+      state = 'is incomplete' if meta else 'has no token labels'
       raise errors.UserError(
-        f'{folder}: {state}; make them with: python -m'
+        f'{folder}: {state}; compute them with: python -m'
         ' dualformer_jax.token_labels --checkpoint=TEACHER --config=CONFIG'
       )
     if meta['dataset'] != dataset.fingerprint:
       raise errors.UserError(
-        f'{folder}: is of another dataset or split than {dataset.folder},'
-        f' {dataset.split!r}; make token labels of this one'
+        f'{folder}: belongs to another dataset or split than {dataset.folder},'
+        f' {dataset.split!r}; compute token labels of this one'
       )
     paths = [
-      str(path_of(self.folder, i)) for i in range(number_of_files(len(dataset)))
+      str(file_path(self.folder, i)) for i in range(num_files(len(dataset)))
     ]
     missing = [path for path in paths if not os.path.isfile(path)]
     if missing:
@@ -113,66 +112,69 @@ class StoredLabels:
     self._source = array_record_data_source.ArrayRecordDataSource(paths)
     if len(self._source) != len(dataset):
       raise errors.UserError(
-        f'{folder}: holds {len(self._source)} videos, the dataset'
-        f' {len(dataset)}; copy the whole folder again'
+        f'{folder}: has {len(self._source)} videos, expected {len(dataset)};'
+        ' copy the whole folder again'
       )
 
   def at(
-    self, index: int, times: Int[np.ndarray, ' d']
+    self, index: int, frame_indices: Int[np.ndarray, ' d']
   ) -> tuple[
     Float32[np.ndarray, 'd rows columns top'],
     Int[np.ndarray, 'd rows columns top'],
   ]:
-    """The scores and classes of a video that are nearest to some times.
+    """Returns the scores and classes nearest in time to a clip's tokens.
 
     Args:
       index: of the video.
-      times: the first frame of each frame of a clip's tokens.
+      frame_indices: first video frame of each frame of the clip's tokens.
 
     Raises:
       RecordError: there are none, or they cannot be read.
     """
     try:
       labels = VideoLabels.from_bytes(self._source[index])
-      if not len(labels.times):
-        raise ValueError('the video could not be read when they were made')
+      if not len(labels.frame_indices):
+        raise ValueError('the video could not be decoded')
     except (ValueError, RuntimeError, OSError, struct.error) as error:
-      raise records.RecordError(
+      raise RecordError(
         f'token labels of video {index} in {self.folder} cannot be read: '
         f'{error}'
       ) from error
-    distance: Any = np.abs(times[:, None] - labels.times)
+    distance: Any = np.abs(frame_indices[:, None] - labels.frame_indices)
     nearest = distance.argmin(axis=1)
     return labels.values[nearest], labels.classes[nearest].astype(np.int32)
 
 
-def clips_of(
-  p: views.Preprocessing, total: int
+def label_clip_indices(
+  p: transforms.Preprocessing, total: int
 ) -> Int[np.ndarray, 'clips frames']:
-  """Clips that cover a video of `total` frames, not looped, to be scored."""
+  """Returns the frames of clips that cover a video of `total` frames.
+
+  Indices past the last frame stand for a looped video.
+  """
   if p.sampling == 'uniform':
-    return frame_sampling.uniform_test_frames(total, p.num_frames)
+    return frame_sampling.uniform_eval_frames(total, p.num_frames)
   span = p.num_frames * p.frame_interval
   count = max(1, min(_MAX_CLIPS, -(-total // span)))
   starts = np.linspace(0, max(0, total - span), count).astype(np.int64)
   return starts[:, None] + np.arange(p.num_frames) * p.frame_interval
 
 
-def number_of_files(videos: int) -> int:
-  """How many files hold the labels of so many videos."""
-  return -(-videos // VIDEOS_PER_FILE)
+def num_files(num_videos: int) -> int:
+  """Returns the number of files for a number of videos."""
+  return -(-num_videos // VIDEOS_PER_FILE)
 
 
-def path_of(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """The file of that number."""
+def file_path(folder: pathlib.Path, number: int) -> pathlib.Path:
+  """Returns the path of the file with a number, from 0."""
   return folder / f'token_labels-{number:05d}.array_record'
 
 
 def write_file(
   folder: pathlib.Path, number: int, labels: Sequence[VideoLabels]
 ) -> None:
-  """Writes a file, which appears whole or not at all."""
-  path = path_of(folder, number)
+  """Writes a file atomically."""
+  path = file_path(folder, number)
   partial = path.with_suffix('.partial')
   writer = ArrayRecordWriter(str(partial), 'group_size:1')
   for video in labels:
@@ -182,10 +184,10 @@ def write_file(
 
 
 def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
-  """What a folder of token labels says of itself; None if it is none.
+  """Returns the metadata of a folder of token labels; None if it has none.
 
   Raises:
-    UserError: it is damaged, or of another version.
+    UserError: the metadata is damaged, or of another version.
   """
   try:
     meta = json.loads((folder / _META).read_text('utf-8'))
@@ -201,7 +203,6 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
 
 
 def write_meta(folder: pathlib.Path, meta: dict[str, Any]) -> None:
-  """Says what the folder holds; see read_meta."""
-  partial = folder / f'.{_META}.partial'
-  partial.write_text(json.dumps({'format': _FORMAT, **meta}, indent=2))
-  partial.replace(folder / _META)
+  """Writes the metadata of a folder; see read_meta."""
+  with files.atomic_write(folder / _META, 'w') as file:
+    json.dump({'format': _FORMAT, **meta}, file, indent=2)

@@ -1,1 +1,1 @@
-"""What is computed: Flax modules that know nothing of data or training."""
+"""The architecture of DualFormer, as Flax modules."""

@@ -1,20 +1,17 @@
 """DualFormer, the local-global stratified video transformer (2112.04674)."""
 
-from typing import Any
-
 import flax.linen as nn
 import flax.struct
 import jax
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.xla_metadata import set_xla_metadata
-from jax.extend.mlir import ir
-from jax.extend.mlir.dialects import stablehlo
-from jax.interpreters import mlir
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 import numpy as np
 
 from dualformer_jax.errors import UserError
+from dualformer_jax.kernels import recompute
+from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.layer_norm import layer_norm
+from dualformer_jax.kernels.mlp import add_branch, mlp_branch
 from dualformer_jax.models.attention import (
   GlobalPyramidAttention,
   LocalWindowAttention,
@@ -22,186 +19,140 @@ from dualformer_jax.models.attention import (
 from dualformer_jax.models.heads import ClassificationHead, TokenLabelHead
 from dualformer_jax.models.layers import (
   LayerNorm,
-  Linear,
+  Mlp,
   PatchEmbedding,
   PositionalConvolution,
   Size,
-  platform,
 )
 
-
-def gelu(x: Float[Array, '...']) -> Float[Array, '...']:
-  """The exact GELU, by erf: as PyTorch does, and less work than by erfc.
-
-  Computed in float32, as bfloat16 has too few digits for its constants.
-  """
-  y = x.astype(jnp.float32)
-  return (0.5 * y * (1 + jax.lax.erf(y * 0.5**0.5))).astype(x.dtype)
-
-
-class Mlp(nn.Module):
-  """Linear to four times the channels, exact GELU, linear back."""
-
-  dtype: str
-
-  @nn.compact
-  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
-    channels = x.shape[-1]
-    x = Linear(4 * channels, self.dtype, name='fc1')(x)
-    x = gelu(checkpoint_name(x, 'hidden'))
-    return Linear(channels, self.dtype, name='fc2')(x)
+REMAT_MODES = ('none', 'elementwise', 'block')
 
 
 class Block(nn.Module):
-  """Attention, then MLP; each normalised before and added to its input.
+  """x + attn(norm1(x)), then x + mlp(norm2(x)).
 
-  Attributes:
-    num_heads: attention heads.
-    window: window of local attention, or None for global attention.
-    fine_size: tokens that the fine level of the pyramid is pooled to.
-    coarse_size: the same of the coarse level, or None without one.
-    dtype: what to compute in.
+  Attention is local in windows, or global if `window` is None. `remat` selects
+  what the backward pass recomputes:
+
+  - 'none' recomputes nothing but attention scores (with kernels='auto').
+  - 'elementwise' saves the outputs of attention and of matrix products, except
+    those that are quickly recomputed: norms, GELU, pooled tokens and drop path.
+    It adds few FLOPs and uses less than half of the memory of 'none'.
+  - 'block' saves only the input of each block: the least memory, and a third
+    more arithmetic.
   """
 
+  channels: int
   num_heads: int
+  grid: Size
   window: Size | None
   fine_size: Size
   coarse_size: Size | None
-  dtype: str
+  remat: str
+  compute: Compute
 
-  @nn.compact
+  def setup(self):
+    common = self.channels, self.num_heads, self.grid
+    self.norm1 = LayerNorm(self.compute)
+    if self.window is not None:
+      self.attn = LocalWindowAttention(*common, self.window, self.compute)
+    else:
+      self.attn = GlobalPyramidAttention(
+        *common, self.fine_size, self.coarse_size, self.compute
+      )
+    self.norm2 = LayerNorm(self.compute)
+    self.mlp = Mlp(self.compute)
+
   def __call__(
     self,
     x: Float[Array, 'b d h w c'],
     train: bool,
     branch_scales: Float[Array, '2 b'] | None = None,
   ) -> Float[Array, 'b d h w c']:
-    """Returns tokens; `branch_scales`, by `drop_path`, multiply branches."""
+    """Returns the tokens; `branch_scales` are from `drop_path`."""
 
-    def scaled(y, branch):
+    def scale(branch):
       if branch_scales is None:
-        return y
-      scale = branch_scales[branch].astype(y.dtype)
-      return y * scale[:, None, None, None, None]
+        return None
+      return jax.lax.stop_gradient(branch_scales[branch])
 
-    y = LayerNorm(self.dtype, name='norm1')(x)
-    if self.window is not None:
-      attention = LocalWindowAttention(
-        self.num_heads, self.window, self.dtype, name='attn'
+    def project(block, x):
+      return block.attn.project(block.norm1(x), train)
+
+    def project_keys(block, x, norm):
+      norm_scale, norm_bias = norm
+      x = layer_norm(x, norm_scale, norm_bias, self.compute)
+      return block.attn.project_keys(x, train)
+
+    def project_levels(block, levels):
+      return block.attn.project_levels(levels, train)
+
+    def feed_forward(block, x):
+      norm = block.norm2.weights(x.shape)
+      fc1, fc2 = block.mlp.weights(x.shape)
+      return mlp_branch(x, scale(1), norm, fc1, fc2, self.compute)
+
+    if self.remat == 'elementwise':
+      project, project_keys, project_levels, feed_forward = (
+        recompute.recomputed(function, self.compute, saved=('hidden',))
+        for function in (project, project_keys, project_levels, feed_forward)
       )
-      y = attention(y)
+    # Outputs of layers can be captured only if they are called.
+    captures = self.is_mutable_collection('intermediates')
+    branch = None if captures else self.attn.find_branch(len(x))
+    if branch:
+      norm = self.norm1.weights(x.shape)
+      if self.window:
+        keys = ()
+      elif norm_pool := self.attn.find_norm_pool(len(x)):
+        weights = self.attn.pooling_weights(x.shape)
+        x, levels = norm_pool(x, norm, weights)
+        keys = project_levels(self, levels)
+      else:
+        keys = project_keys(self, x, norm)
+      weights = self.attn.weights(x.shape)
+      x = branch(x, scale(0), norm, *weights, keys)
     else:
-      attention = GlobalPyramidAttention(
-        self.num_heads,
-        self.fine_size,
-        self.coarse_size,
-        self.dtype,
-        name='attn',
-      )
-      y = attention(y, train)
-    x = checkpoint_name(x + scaled(y, 0), 'attended')
-    y = LayerNorm(self.dtype, name='norm2')(x)
-    return x + scaled(Mlp(self.dtype, name='mlp')(y), 1)
+      x = add_branch(x, scale(0), self.attn.attend(project(self, x)))
+    return feed_forward(self, x)
+
+
+def _run_block(
+  block: Block,
+  x: Float[Array, 'b d h w c'],
+  train: bool,
+  branch_scales: Float[Array, '2 b'] | None,
+) -> Float[Array, 'b d h w c']:
+  """Calls a block; the backward pass recomputes what `block.remat` selects."""
+
+  def call(block, x, branch_scales):
+    return block(x, train, branch_scales)
+
+  if block.remat == 'block':
+    call = recompute.recomputed(call, block.compute)
+  if block.remat != 'none':
+    call = recompute.isolated(call, block.compute)
+  return call(block, x, branch_scales)
 
 
 def drop_path(
   key: PRNGKeyArray, rates: Float[np.ndarray, 'n'], batch: int
 ) -> Float[Array, 'n 2 b']:
-  """Returns what to multiply each branch of n blocks by, for each sample.
+  """Draws the factors of stochastic depth (1603.09382), whose mean is 1.
 
-  That is 0 at a block's rate, and 1 / (1 - rate) otherwise (stochastic depth,
-  1603.09382, scaled so that the mean is 1).
+  For both branches of each block and for each sample, 0 with the probability of
+  the block's rate, otherwise 1 / (1 - rate).
   """
   keep = jnp.asarray(1 - rates, jnp.float32)[:, None, None]
   kept = jax.random.bernoulli(key, keep, (len(rates), 2, batch))
   return jnp.where(kept, 1 / keep, 0)
 
 
-def run_block(
-  block: Block,
-  x: Float[Array, 'b d h w c'],
-  train: bool,
-  branch_scales: Float[Array, '2 b'] | None,
-  remat: str,
-) -> Float[Array, 'b d h w c']:
-  """Returns what the block makes of x.
-
-  `remat` says what the backward pass recomputes.
-
-  'none': keeps all activations but the attention scores.
-  'elementwise': keeps what matrix products and attention put out, and makes
-    norms, GELU, pooled tokens and drop path anew: little arithmetic, more than
-    half of the memory.
-  'block': keeps only the input of each block: least memory, a third more
-    arithmetic.
-  """
-
-  def call(block, x, branch_scales):
-    return block(x, train, branch_scales)
-
-  if remat == 'none':
-    return call(block, x, branch_scales)
-  policy = None
-  if remat == 'elementwise':
-    policies = jax.checkpoint_policies
-    policy = policies.save_from_both_policies(
-      policies.save_only_these_names('qkv', 'attention', 'attended', 'hidden'),
-      # What cuDNN's attention puts out, which has no name.
-      lambda primitive, *_, **__: primitive.name.startswith(
-        'dot_product_attention_fwd'
-      ),
-    )
-
-  on_cpu = platform() == 'cpu'
-  checkpointed = nn.remat(call, policy=policy, prevent_cse=not on_cpu)
-  if not on_cpu:
-    return checkpointed(block, x, branch_scales)
-
-  def forward(block, x, branch_scales):
-    return nn.vjp(checkpointed, block, x, branch_scales)
-
-  def backward(pullback, dy):
-    # In a function that is not inlined. Otherwise XLA on a CPU sees that
-    # forward and recomputation are the same, does the work once, and keeps all;
-    # and it computes the sum dy, which has a term from each later block, again
-    # from its terms wherever it is used.
-    gradients = jax.jit(lambda pullback, dy: pullback(dy))(pullback, dy)
-    return set_xla_metadata(gradients, inlineable='false')
-
-  run = nn.custom_vjp(call, forward, backward, grad_vars='params')
-  return run(block, x, branch_scales)
-
-
-def _lower_reduce_precision(
-  _: mlir.LoweringRuleContext,
-  x: ir.Value,
-  *,
-  exponent_bits: int,
-  mantissa_bits: int,
-) -> list[ir.Value]:
-  """Lowers reduce_precision on CPUs, to nothing where it changes nothing.
-
-  With it jax.checkpoint marks what it keeps, as some compilers use more digits
-  than they keep. XLA on a CPU copies what is marked.
-  """
-  element_type = ir.RankedTensorType(x.type).element_type
-  own_bits = {ir.F32Type: (8, 23), ir.BF16Type: (8, 7)}.get(type(element_type))
-  if own_bits == (exponent_bits, mantissa_bits):
-    return [x]
-  return [stablehlo.reduce_precision(x, exponent_bits, mantissa_bits)]
-
-
-mlir.register_lowering(
-  jax.lax.reduce_precision_p, _lower_reduce_precision, platform='cpu'
-)
-
-
 class Backbone(nn.Module):
-  """Four stages of patch embedding and blocks; see DualFormer.
+  """Stages of a patch embedding and blocks; for the fields see DualFormer.
 
-  What the block blocks_I_J puts out is replaced by the variable of that name
-  and '_output' in the collection 'replaced', where it is given: that is how to
-  get gradients with respect to it.
+  A variable blocks_I_J_output of the collection 'replaced' replaces the output
+  of that block. This gives gradients with respect to it.
   """
 
   depths: tuple[int, ...]
@@ -212,7 +163,7 @@ class Backbone(nn.Module):
   coarse_sizes: tuple[Size | None, ...]
   drop_path_rate: float
   remat: str
-  dtype: str
+  compute: Compute
 
   @nn.compact
   def __call__(
@@ -226,38 +177,40 @@ class Backbone(nn.Module):
       x = PatchEmbedding(
         (2, 4, 4) if stage == 0 else (1, 2, 2),
         self.embed_dims[stage],
-        self.dtype,
+        self.compute,
         name=f'patch_embeds_{stage}',
       )(x)
+      _, d, h, w, _ = x.shape
       for index in range(depth):
         name = f'blocks_{stage}_{index}'
         block = Block(
+          self.embed_dims[stage],
           self.num_heads[stage],
+          (d, h, w),
           self.window if index % 2 == 0 else None,
           self.fine_sizes[stage],
           self.coarse_sizes[stage],
-          self.dtype,
+          self.remat,
+          self.compute,
           name=name,
         )
-        x = run_block(block, x, train, next(scales), self.remat)
+        x = _run_block(block, x, train, next(scales))
         if self.has_variable('replaced', f'{name}_output'):
           x = self.get_variable('replaced', f'{name}_output')
         if index == 0:
           name = f'pos_block_{stage}'
-          x = PositionalConvolution(self.dtype, name=name)(x)
+          x = PositionalConvolution(self.compute, name=name)(x)
       self.sow('intermediates', f'stage_{stage}', x)
-    return LayerNorm(self.dtype, name='norm')(x)
+    return LayerNorm(self.compute, name='norm')(x)
 
 
 @flax.struct.dataclass
 class Output:
-  """What the model says of a batch of clips, all float32.
+  """The output for a batch of clips, in float32.
 
-  Attributes:
-    logits: class scores.
-    features: what the head sees: the mean over tokens.
-    token_logits: class scores of every token, by the token head or, without
-      one, by the classifier; None where neither was asked for.
+  `features`, the mean over tokens, are the input of the head. `token_logits`
+  are from the token head or, without one, from the classifier; None if they
+  were not requested.
   """
 
   logits: Float[Array, 'b k']
@@ -269,24 +222,28 @@ class DualFormer(nn.Module):
   """A video classifier: backbone and head.
 
   The fields are those of `config.model`. Sizes are (frames, rows, columns) of
-  tokens. `num_frames` and `image_size` fix the shapes of the pooling kernels.
+  tokens. `num_frames` and `image_size` determine the sizes of pooling kernels.
 
   Attributes:
-    depths: blocks of each stage; even blocks attend locally, odd globally.
+    depths: blocks of each stage; blocks 0, 2, ... of a stage attend locally,
+      blocks 1, 3, ... globally.
     embed_dims: channels of each stage.
     num_heads: attention heads of each stage.
-    num_classes: classes, k.
+    num_classes: number of classes.
     num_frames: frames of a clip, t.
     image_size: rows and columns of a clip, in pixels.
     window: window of local attention.
     fine_sizes: fine level of the pyramid of each stage.
     coarse_sizes: coarse level of each stage, None without one.
-    drop_path_rate: of the last block; rises linearly from 0 over all blocks.
+    drop_path_rate: rate of the last block; it rises linearly from 0.
     head_dropout: probability of dropping a channel before the classifier.
-    token_label: whether the head also scores every token.
-    remat: 'none', 'elementwise' or 'block'; see `run_block`.
-    dtype: 'float32' or 'bfloat16', what to compute in; parameters, norms and
-      softmax are float32 in any case.
+    token_label: whether the head also scores each token.
+    remat: what the backward pass recomputes; see Block.
+    dtype: 'float32' or 'bfloat16' for activations; parameters, norms and
+      softmax are always float32.
+    kernels: 'auto' for the fastest implementations of operations,
+      'experimental' also for those that have not been run on a device yet,
+      'reference' for plain ones; see dualformer_jax/kernels.
   """
 
   depths: tuple[int, ...]
@@ -303,37 +260,35 @@ class DualFormer(nn.Module):
   token_label: bool = False
   remat: str = 'elementwise'
   dtype: str = 'bfloat16'
+  kernels: str = 'auto'
 
   def __post_init__(self):
     super().__post_init__()
+
+    def check(name: str, is_valid: bool, expected: str) -> None:
+      if not is_valid:
+        value = getattr(self, name)
+        raise UserError(f'model.{name} is {value!r}; expected {expected}')
+
     stages = len(self.depths)
     for name in ('embed_dims', 'num_heads', 'fine_sizes', 'coarse_sizes'):
-      if len(getattr(self, name)) != stages:
-        raise UserError(
-          f'model.{name} is {getattr(self, name)}; expected {stages} values, '
-          f'one for each stage, as model.depths is {self.depths}'
-        )
-    for channels, heads in zip(self.embed_dims, self.num_heads, strict=True):
-      if heads < 1 or channels < 1 or channels % heads:
-        raise UserError(
-          f'model.embed_dims is {self.embed_dims}; expected multiples of '
-          f'model.num_heads, {self.num_heads}'
-        )
-    smallest = 4 * 2 ** (stages - 1)  # of which one token is left
-    if self.num_frames < 2 or self.image_size < smallest:
-      raise UserError(
-        f'model.num_frames is {self.num_frames} and model.image_size '
-        f'{self.image_size}; expected at least 2 frames and {smallest} pixels'
+      is_valid = len(getattr(self, name)) == stages
+      check(
+        name, is_valid, f'{stages} values, one for each stage (model.depths)'
       )
+    for c, heads in zip(self.embed_dims, self.num_heads, strict=True):
+      is_multiple = c > 0 and heads > 0 and c % heads == 0
+      expected = f'multiples of model.num_heads, {self.num_heads}'
+      check('embed_dims', is_multiple, expected)
+    smallest = 4 * 2 ** (stages - 1)  # leaves one token
+    check('num_frames', self.num_frames >= 2, 'at least 2')
+    check('image_size', self.image_size >= smallest, f'at least {smallest}')
     for name, values in (
-      ('remat', ('none', 'elementwise', 'block')),
+      ('remat', REMAT_MODES),
       ('dtype', ('float32', 'bfloat16')),
+      ('kernels', ('auto', 'experimental', 'reference')),
     ):
-      if getattr(self, name) not in values:
-        raise UserError(
-          f'model.{name} is {getattr(self, name)!r}; expected one of '
-          f'{", ".join(map(repr, values))}'
-        )
+      check(name, getattr(self, name) in values, f'one of {values}')
 
   @nn.compact
   def __call__(
@@ -342,14 +297,15 @@ class DualFormer(nn.Module):
     train: bool = False,
     score_tokens: bool = False,
   ) -> Output:
-    """Scores clips, and tokens where the head does that or `score_tokens`."""
+    """Scores clips; `token_logits` need `token_label` or `score_tokens`."""
     expected = (self.num_frames, self.image_size, self.image_size, 3)
     if clips.shape[1:] != expected:
       raise ValueError(
-        f'clips have shape {clips.shape}; this model takes [batch, '
-        f'{", ".join(map(str, expected))}]: set model.num_frames and '
-        'model.image_size, or sample and crop to these'
+        f'clips have shape {clips.shape}; expected [batch, '
+        f'{", ".join(map(str, expected))}] for this model: set '
+        'model.num_frames and model.image_size, or sample and crop to these'
       )
+    compute = Compute(self.dtype, self.kernels)
     tokens = Backbone(
       self.depths,
       self.embed_dims,
@@ -359,20 +315,13 @@ class DualFormer(nn.Module):
       self.coarse_sizes,
       self.drop_path_rate,
       self.remat,
-      self.dtype,
+      compute,
       name='backbone',
     )(clips.astype(self.dtype), train)
     features = jnp.mean(tokens, axis=(1, 2, 3), dtype=jnp.float32)
-    settings: dict[str, Any] = dict(
-      num_classes=self.num_classes,
-      dropout=self.head_dropout,
-      dtype=self.dtype,
-      name='cls_head',
-    )
-    if self.token_label:
-      head = TokenLabelHead(**settings, channels=self.embed_dims[-1])
-    else:
-      head = ClassificationHead(**settings)
+    head_class = TokenLabelHead if self.token_label else ClassificationHead
+    size = self.num_classes, self.embed_dims[-1]
+    head = head_class(*size, self.head_dropout, compute, name='cls_head')
     logits, token_logits = head(features, train), None
     if self.token_label or score_tokens:
       token_logits = head.token_logits(tokens, train)
@@ -381,3 +330,8 @@ class DualFormer(nn.Module):
   def input_shape(self) -> tuple[int, int, int, int, int]:
     """Returns the shape of a batch of one clip."""
     return (1, self.num_frames, self.image_size, self.image_size, 3)
+
+  def token_grid(self, stage: int = -1) -> Size:
+    """Returns the frames, rows and columns of the tokens of a stage."""
+    side = self.image_size // (4 * 2 ** (stage % len(self.depths)))
+    return self.num_frames // 2, side, side

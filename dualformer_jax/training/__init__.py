@@ -1,1 +1,1 @@
-"""How it learns: step, optimiser, sharding, checkpoints, loop."""
+"""Training: the loop, and what it is made of."""

@@ -1,4 +1,4 @@
-"""What is minimised, for a batch of class scores."""
+"""Loss functions."""
 
 import jax
 import jax.numpy as jnp
@@ -13,17 +13,12 @@ def cross_entropy(
   multi_label: bool = False,
   label_smoothing: float = 0.0,
 ) -> Float[Array, '']:
-  """Returns the mean cross-entropy, in nats.
+  """Returns the mean cross-entropy between logits and labels, in nats.
 
-  Args:
-    logits: class scores.
-    labels: the class of each clip, or the shares that classes have in it, which
-      add up to 1. With multi_label 1 for classes that a clip has and 0 for the
-      others, or in between where clips are mixed.
-    multi_label: whether a clip may have several classes. Then they are
-      independent, and the mean runs over clips and classes.
-    label_smoothing: share of the labels that is spread evenly over all classes
-      (Szegedy et al., arXiv 1512.00567) or, with multi_label, over yes and no.
+  With `multi_label`, classes are independent: the loss is the binary
+  cross-entropy, averaged over clips and classes. Label smoothing spreads a
+  share of the label evenly over all classes (Szegedy et al., arXiv 1512.00567)
+  or, with `multi_label`, over 0 and 1.
   """
   if label_smoothing and multi_label:
     labels = (1 - label_smoothing) * labels + label_smoothing / 2
@@ -43,11 +38,6 @@ def cross_entropy(
 def soft_cross_entropy(
   logits: Float[Array, '... k'], targets: Float[Array, '... k']
 ) -> Float[Array, '']:
-  """Returns the mean cross-entropy with soft labels, in nats.
-
-  Args:
-    logits: class scores, of tokens say.
-    targets: the share of each class, which add up to 1; no gradient passes.
-  """
+  """Returns the mean cross-entropy; no gradient flows through the targets."""
   targets = jax.lax.stop_gradient(targets)
   return jnp.mean(optax.softmax_cross_entropy(logits, targets))

@@ -1,8 +1,6 @@
-"""The input alone, the step alone, and both: which one holds up the other."""
+"""Profiling: is the input or the training step the bottleneck?"""
 
 from collections.abc import Callable
-import functools
-import itertools
 import json
 import logging
 import os
@@ -14,236 +12,192 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
-from dualformer_jax.input_pipeline import decoding, records, views
-from dualformer_jax.training import loop, sharding, step
+from dualformer_jax.files import check_writable, output_file
+from dualformer_jax.input_pipeline import transforms, video_reader
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from dualformer_jax.training import config_check, setup
 
-# How long each of the three is run.
-_SECONDS = 3.0
-_MIN_BATCHES = 3
-# Clips that are taken apart, on one thread.
-_CLIPS = 16
+_SECONDS, _MIN_CALLS = 3.0, 3  # of each measurement
+_NUM_CLIPS = 16  # to time the stages of the input with
+_STAGES = ('read', 'decode', 'resize')
 _LOG = logging.getLogger(__name__)
 
 
 def profile(
-  config: loop.Config, workdir: str | os.PathLike[str]
+  config: setup.Config, workdir: str | os.PathLike[str]
 ) -> dict[str, Any]:
-  """Measures, logs and writes WORKDIR/profile.json; trains nothing.
+  """Measures input and training step, and writes WORKDIR/profile.json.
 
   Returns:
-    `clips_per_second` of `input`, `step` and `both`; `milliseconds_per_clip` of
-    `read`, `decode`, `resize` (on one core), `copy` and `step`; and the
-    `verdict`, a sentence that says what to change.
-
-  Raises:
-    UserError: config and dataset do not fit.
+    Content of profile.json: `clips_per_second` of `input`, `step` and `both`;
+    `milliseconds_per_clip` of `read`, `decode` and `resize` on one core, `copy`
+    and `step`; `cores` and `num_threads`; and a `verdict` in words.
   """
-  dataset = config.dataset
-  data = loop.open_split(config, dataset.train_split)
-  teacher = loop.make_teacher(config, data)
-  mesh = sharding.make_mesh(
-    config.mesh, config.batch_size, config.accumulation_steps
+  config_check.check(config)
+  path = pathlib.Path(workdir).expanduser() / 'profile.json'
+  check_writable(path)
+  data = setup.open_split(config, config.dataset.train_split)
+  teacher = setup.make_teacher(config, data)
+  training = setup.make_training(
+    config, num_classes=len(data.class_names), teacher=teacher
   )
+  mesh = training.mesh
   jax.set_mesh(mesh)
-  clips = loop.make_train_loader(config, data, mesh, teacher)
-  model = loop.make_model(config, data)
-  optimizer, _ = loop.make_optimizer(config, model, steps_per_epoch=1000)
-  init = functools.partial(
-    step.init_state, model, optimizer, config.seed, config.ema_decay > 0
-  )
-  shardings = sharding.tree_shardings(jax.eval_shape(init), mesh)
-  train_step = loop.make_train_step(
-    config, model, optimizer, shardings, mesh, teacher
-  )
-  asked = teacher.on_mesh(mesh) if teacher else None
-  state = jax.jit(init, out_shardings=shardings)()
+  batches = setup.make_train_loader(training, data)
+  teacher_variables = teacher.variables_on(mesh) if teacher else None
+  state = training.init_state()
 
-  _LOG.info('input alone ...')
-  batch = next(clips)  # starts the threads
-  for _ in range(dataset.prefetch + 1):
-    next(clips)  # what they read ahead before the clock runs
-  input_seconds = _time(lambda: next(clips))
+  _LOG.info('measuring the input ...')
+  host_batch = next(batches)  # starts the threads
+  for _ in range(config.dataset.prefetch + 1):
+    next(batches)  # prefetched before the measurement
+  seconds = {'input': _time(lambda: next(batches))}
 
-  _LOG.info('step alone; it is compiled first ...')
+  _LOG.info('compiling and measuring the step ...')
 
   def put(batch: dict[str, Any]) -> dict[str, jax.Array]:
-    arrays = {k: v for k, v in batch.items() if k != 'video_ids'}
+    arrays = {name: x for name, x in batch.items() if name != 'video_ids'}
     return sharding.put_batch(arrays, mesh)
 
-  held = put(batch)
-  copy_seconds = _time(lambda: jax.block_until_ready(put(batch)), seconds=1.0)
-  state, metrics = train_step(state, held, asked)
-  jax.block_until_ready(metrics)
-
-  def step_alone() -> None:
+  def step(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     nonlocal state
-    state, metrics = train_step(state, held, asked)
-    jax.block_until_ready(metrics)
+    state, metrics = training.train_step(state, batch, teacher_variables)
+    return metrics
 
-  step_seconds = _time(step_alone)
+  batch = put(host_batch)
+  copy_seconds = _time(lambda: jax.block_until_ready(put(host_batch)))
+  metrics = jax.block_until_ready(step(batch))
+  seconds['step'] = _time(lambda: jax.block_until_ready(step(batch)))
 
-  _LOG.info('both ...')
+  _LOG.info('measuring both ...')
 
   def both() -> None:
-    nonlocal state, metrics
-    batch = put(next(clips))
+    nonlocal metrics
+    next_batch = put(next(batches))
     jax.block_until_ready(metrics)  # of the step before
-    state, metrics = train_step(state, batch, asked)
+    metrics = step(next_batch)
 
-  both_seconds = _time(both)
-  clips.close()
+  seconds['both'] = _time(both)
+  batches.close()
 
-  _LOG.info('a clip taken apart ...')
-  parts = _take_apart(data, config)
-  size = config.batch_size
-  parts['copy'] = copy_seconds / size
-  parts['step'] = step_seconds / size
-  result = {
-    'clips_per_second': {
-      'input': size / jax.process_count() / input_seconds,
-      'step': size / jax.process_count() / step_seconds,
-      'both': size / jax.process_count() / both_seconds,
-    },
-    'milliseconds_per_clip': {
-      name: 1e3 * seconds for name, seconds in parts.items()
-    },
+  clips, on_host = config.batch_size, jax.process_count()
+  rates = {name: clips / on_host / s for name, s in seconds.items()}
+  milliseconds = _time_stages(data, config)
+  milliseconds['copy'] = 1e3 * copy_seconds / clips
+  milliseconds['step'] = 1e3 * seconds['step'] / clips
+  result: dict[str, Any] = {
+    'clips_per_second': rates,
+    'milliseconds_per_clip': milliseconds,
     'cores': len(os.sched_getaffinity(0)),
-    'num_threads': dataset.num_threads,
+    'num_threads': config.dataset.num_threads,
   }
-  result['verdict'] = verdict(result, stored_as(data))
-  rates = result['clips_per_second']
+  is_verbatim = data.read_report('stored_as', {}).get('form') == 'verbatim'
+  result['verdict'] = verdict(result, is_verbatim)
   _LOG.info(
-    'clips/s a host: input alone %.1f, step alone %.1f, both %.1f',
-    rates['input'],
-    rates['step'],
-    rates['both'],
-  )
-  _LOG.info(
-    'ms a clip: %s; read, decode and resize on one core of %d',
-    ', '.join(
-      f'{name} {value:.3g}'
-      for name, value in result['milliseconds_per_clip'].items()
+    'clips/s per host: %s\nms per clip (input stages on one core): %s\n%s',
+    *(
+      ', '.join(f'{name} {value:.3g}' for name, value in values.items())
+      for values in (rates, milliseconds)
     ),
-    result['cores'],
+    result['verdict'],
   )
-  _LOG.info('%s', result['verdict'])
   if jax.process_index() == 0:
-    path = pathlib.Path(workdir).expanduser() / 'profile.json'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=2) + '\n')
+    with output_file(path) as file:
+      file.write(json.dumps(result, indent=2).encode())
   return result
 
 
-def verdict(result: dict[str, Any], stored: str) -> str:
-  """Says which side is the bottleneck, and what to change.
+def verdict(result: dict[str, Any], is_verbatim: bool) -> str:
+  """Returns a sentence on the bottleneck, and what to change.
 
-  Args:
-    result: the figures, as `profile` returns them.
-    stored: the form of the dataset: 'reencoded', 'verbatim', 'jpeg' or ''.
+  `result` is as `profile` returns it; `is_verbatim` says that videos are stored
+  as published.
   """
-  rates = result['clips_per_second']
-  parts = result['milliseconds_per_clip']
-  cores, threads = result['cores'], result['num_threads']
-  if rates['input'] >= 1.1 * rates['step']:
-    text = (
-      f'The step is the bottleneck: the input could feed'
-      f' {rates["input"] / rates["step"]:.1f} times as many clips.'
-    )
+  rates, cores = result['clips_per_second'], result['cores']
+  ratio = rates['input'] / rates['step']
+  if ratio >= 1.1:
+    remedy = 'The input needs no change.'
     if rates['both'] < 0.9 * rates['step']:
-      return text + (
-        ' Together they are slower than the step alone: they share the cores,'
-        ' or copying takes long; try fewer --config.dataset.num_threads.'
+      remedy = (
+        'Together they are slower than the step alone: they share the cores, '
+        'or copying is slow; try fewer --config.dataset.num_threads.'
       )
-    return text + ' Nothing in the input needs to change.'
-  share = {
-    name: parts[name] / sum(parts[n] for n in ('read', 'decode', 'resize'))
-    for name in ('read', 'decode', 'resize')
-  }
-  worst = max(share, key=lambda name: share[name])
-  text = (
-    f'The input is the bottleneck: it gives {rates["input"]:.1f} clips/s, and'
-    f' the step could take {rates["step"]:.1f}; {worst} is {share[worst]:.0%}'
-    ' of what a core does.'
-  )
-  if threads < cores:
-    return text + f' Set --config.dataset.num_threads={cores}, one for a core.'
-  if worst == 'read':
-    return text + (
-      ' Put the dataset on a faster or local disk, or let more threads wait'
-      f' for it: --config.dataset.num_threads={4 * cores}.'
+    return (
+      'The step is the bottleneck: the input could feed '
+      f'{ratio:.1f} times as many clips. {remedy}'
     )
-  if worst == 'decode' and stored == 'verbatim':
-    return text + (
-      ' The videos are stored as they were published: prepare them re-encoded'
-      ' (tfds build without --config=verbatim), which decodes about 4 times as'
-      ' fast.'
+  stages = {name: result['milliseconds_per_clip'][name] for name in _STAGES}
+  slowest = max(stages, key=lambda name: stages[name])
+  if result['num_threads'] < cores:
+    remedy = f'Set --config.dataset.num_threads={cores}, one per core.'
+  elif slowest == 'read':
+    remedy = (
+      'Move the dataset to a faster or local disk, or use more threads: '
+      f'--config.dataset.num_threads={4 * cores}.'
     )
-  needed = cores * rates['step'] / max(rates['input'], 1e-9)
-  return text + (
-    f' About {needed:.0f} cores would keep up, this host has {cores}; or store'
-    ' the videos with a higher crf (smaller files decode faster), or take'
-    ' --config.dataset.repeats=2 clips of each video that is read.'
+  elif slowest == 'decode' and is_verbatim:
+    remedy = (
+      'The videos are stored as published: prepare them re-encoded (tfds build '
+      'without --config=verbatim), which decodes about 4 times as fast.'
+    )
+  else:
+    remedy = (
+      f'About {cores / ratio:.0f} cores would be enough, this host has {cores};'
+      ' or store the videos with a higher crf (smaller files decode faster), or'
+      ' set --config.dataset.repeats=2 to use 2 clips of each video.'
+    )
+  return (
+    f'The input is the bottleneck: it yields {rates["input"]:.1f} clips/s, the '
+    f'step could take {rates["step"]:.1f}; {slowest} is '
+    f'{stages[slowest] / sum(stages.values()):.0%} of the time of a core. '
+    f'{remedy}'
   )
 
 
-def stored_as(data: records.PreparedDataset) -> str:
-  """The form that the videos were stored in; '' where no report says."""
-  try:
-    report = json.loads((data.folder / 'report.json').read_text('utf-8'))
-    return str(report['stored_as']['form'])
-  except (OSError, ValueError, KeyError, TypeError):
-    return ''
+def _time(function: Callable[[], object]) -> float:
+  """Returns the mean duration of a call, measured for some seconds."""
 
-
-def _time(function: Callable[[], object], seconds: float = _SECONDS) -> float:
-  """Mean duration of a call, over some seconds of calls."""
-
-  def run(calls: int) -> float:
+  def run(num_calls: int) -> float:
     start = time.perf_counter()
-    for _ in range(calls):
+    for _ in range(num_calls):
       function()
     return time.perf_counter() - start
 
-  spent = run(_MIN_BATCHES)
-  more = max(0, int((seconds / max(spent, 1e-9) - 1) * _MIN_BATCHES))
-  if jax.process_count() > 1:  # all step together, and so equally often
+  spent = run(_MIN_CALLS)
+  more = max(0, int((_SECONDS / max(spent, 1e-9) - 1) * _MIN_CALLS))
+  if jax.process_count() > 1:  # all hosts must do the same number of steps
     more = int(multihost_utils.broadcast_one_to_all(np.int32(more)))
-  return (spent + run(more)) / (_MIN_BATCHES + more)
+  return (spent + run(more)) / (_MIN_CALLS + more)
 
 
-def _take_apart(
-  data: records.PreparedDataset, config: loop.Config
+def _time_stages(
+  data: PreparedDataset, config: setup.Config
 ) -> dict[str, float]:
-  """Seconds per clip that one thread spends on each stage."""
-  preprocessing = loop.make_preprocessing(config)
-  dataset = config.dataset
-  seconds = dict.fromkeys(('read', 'decode', 'resize'), 0.0)
-  count = 0
-  for number in range(4 * _CLIPS):
-    index = (number * 7919) % len(data)  # from all over the files
+  """Returns the milliseconds per clip of each stage of the input, on a core."""
+  p, dataset = setup.make_preprocessing(config), config.dataset
+  durations: list[Any] = []
+  for number in range(4 * _NUM_CLIPS):
     rng = np.random.default_rng(number)
-    # What views.train_clip does, in three steps.
-    pick = functools.partial(views.pick_train_frames, preprocessing, rng)
-    ends = [time.perf_counter()]
-    try:
-      video = data[index].video
-      ends.append(time.perf_counter())
-      frames = decoding.decode_frames(video, pick)
-      ends.append(time.perf_counter())
-      frames = views.resize_short_side(frames, dataset.train_short_side)
+    times = [time.perf_counter()]
+    try:  # the steps of transforms.train_clips
+      video = data[(number * 7919) % len(data)].video  # from all shards
+      times.append(time.perf_counter())
+      with video_reader.VideoReader(video) as reader:
+        indices = transforms.train_frame_indices(p, len(reader), rng)
+        frames = reader.get_frames(indices)
+      times.append(time.perf_counter())
+      frames = transforms.resize_short_side(frames, dataset.train_short_side)
       if dataset.random_crop:
-        views.random_resized_crop(frames, preprocessing.image_size, rng)
+        transforms.random_resized_crop(frames, p.image_size, rng)
       else:
-        views.center_crop(frames, preprocessing.image_size)
-      ends.append(time.perf_counter())
-    except UserError:  # Cannot be read; training skips it, too.
+        transforms.center_crop(frames, p.image_size)
+      times.append(time.perf_counter())
+    except UserError:  # unreadable; training skips it as well
       continue
-    for name, (start, end) in zip(
-      seconds, itertools.pairwise(ends), strict=True
-    ):
-      seconds[name] += end - start
-    count += 1
-    if count == _CLIPS:
+    durations.append(np.diff(times))
+    if len(durations) == _NUM_CLIPS:
       break
-  return {name: total / max(count, 1) for name, total in seconds.items()}
+  means = 1e3 * np.mean(durations or [np.zeros(3)], axis=0)
+  return dict(zip(_STAGES, means.tolist(), strict=True))

@@ -1,12 +1,12 @@
-"""How many steps fine-tuning saves: other motions, with and without a start.
+"""Compares the steps of fine-tuning with those of training from scratch.
 
   python scripts/benchmarks/fine_tuning.py --checkpoint=.quickstart/motion \
     --out=FOLDER [--seeds=0,1,2]
 
-Renders videos of eight motions that the quickstart's model has not seen, each
-two of its own at once, as a folder of videos; prepares it; and trains
+Renders videos of eight classes that the quickstart's model has not seen, each a
+combination of two motions, and prepares them as a dataset. Trains
 configs/motion.py on it from scratch and from the checkpoint, with each seed,
-until validation reaches 95%. Prints the steps that each took.
+until the validation accuracy is 95%, and prints the number of steps.
 """
 
 from collections.abc import Iterator
@@ -24,22 +24,15 @@ import numpy as np
 
 from dualformer_jax import command_line
 from dualformer_jax.errors import UserError
-from dualformer_jax.input_pipeline import decoding
+from dualformer_jax.input_pipeline import video_writer
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY / 'data')]
+sys.path[:0] = [str(REPOSITORY)]
 
-CHECKPOINT = flags.DEFINE_string(
-  'checkpoint', None, 'Run of configs/motion.py.', required=True
-)
-OUT = flags.DEFINE_string(
-  'out', None, 'For videos, dataset and runs.', required=True
-)
-SEEDS = flags.DEFINE_list('seeds', '0,1,2', 'Of the runs.')
-
-ENOUGH = 0.95
+FLAGS = flags.FLAGS
+TARGET_ACCURACY = 0.95
 EPOCHS = 32
-# What is changed in the scene from frame to frame, and what the renderer does.
+# A change of the scene by this script, and a motion of the renderer.
 CLASSES = [
   *itertools.product(('up', 'down'), ('left', 'right')),
   *itertools.product(('grow', 'shrink'), ('clockwise', 'counter_clockwise')),
@@ -47,9 +40,20 @@ CLASSES = [
 VIDEOS = {'train': 1024, 'validation': 256}
 
 
+def define_flags() -> None:
+  """Defines the flags of the script."""
+  flags.DEFINE_string(
+    'checkpoint', None, 'Run of configs/motion.py.', required=True
+  )
+  flags.DEFINE_string(
+    'out', None, 'Folder for videos, dataset and runs.', required=True
+  )
+  flags.DEFINE_list('seeds', '0,1,2', 'Seeds of the runs.')
+
+
 def render(folder: pathlib.Path) -> None:
-  """Writes FOLDER/SPLIT/CLASS/NUMBER.mp4, unless that was done."""
-  from motion import motion_dataset_builder as motion
+  """Writes FOLDER/SPLIT/CLASS/NUMBER.mp4, unless they exist."""
+  from data.motion import motion_dataset_builder as motion
 
   done = folder / 'done'
   if done.exists():
@@ -67,20 +71,22 @@ def render(folder: pathlib.Path) -> None:
         time = i - (motion.NUM_FRAMES - 1) / 2
         changed = dataclasses.replace(
           scene,
-          centre=scene.centre + np.array([0.0, fall * time]),
+          center=scene.center + np.array([0.0, fall * time]),
           size=scene.size + growth * time,
         )
         frames.append(motion.picture(changed, label, i))
       path = folder / split / f'{first}_{second}' / f'{index:05d}.mp4'
       path.parent.mkdir(parents=True, exist_ok=True)
       path.write_bytes(
-        decoding.encode_mp4(np.stack(frames), fps=motion.FPS, crf=motion.CRF)
+        video_writer.encode_mp4(
+          np.stack(frames), fps=motion.FPS, crf=motion.CRF
+        )
       )
   done.touch()
 
 
 def prepare(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
-  """Makes a dataset of the folder."""
+  """Prepares a dataset from a folder of videos."""
   command = [
     str(pathlib.Path(sys.executable).with_name('tfds')),
     'build',
@@ -97,7 +103,7 @@ def prepare(videos: pathlib.Path, data_dir: pathlib.Path) -> None:
 def accuracies(
   data_dir: pathlib.Path, workdir: pathlib.Path, seed: str, start: str
 ) -> Iterator[tuple[int, float]]:
-  """Trains; yields step and accuracy of each validation, as they come."""
+  """Trains; yields step and accuracy of each validation."""
   process = subprocess.Popen(
     [
       sys.executable,
@@ -130,20 +136,20 @@ def accuracies(
 
 
 def main() -> None:
-  """Compares the steps."""
-  out = pathlib.Path(OUT.value).expanduser().absolute()
+  """Renders, prepares, trains and prints."""
+  out = pathlib.Path(FLAGS.out).expanduser().absolute()
   render(out / 'videos')
   prepare(out / 'videos', out / 'data')
   rows = []
-  for seed in SEEDS.value:
+  for seed in FLAGS.seeds:
     row = {'seed': int(seed)}
-    for name, start in (('scratch', ''), ('fine_tuned', CHECKPOINT.value)):
+    for name, start in (('scratch', ''), ('fine_tuned', FLAGS.checkpoint)):
       workdir = out / f'{name}_{seed}'
       if workdir.exists():
         raise UserError(f'{workdir} exists; remove it, or choose another --out')
-      row[name] = EPOCHS * VIDEOS['train'] // 32 + 1  # if it is never enough
+      row[name] = EPOCHS * VIDEOS['train'] // 32 + 1  # if it is never reached
       for step, accuracy in accuracies(out / 'data', workdir, seed, start):
-        if accuracy >= ENOUGH:
+        if accuracy >= TARGET_ACCURACY:
           row[name] = step
           break
     rows.append(row)
@@ -151,10 +157,10 @@ def main() -> None:
   for row in rows:
     share = row['fine_tuned'] / row['scratch']
     print(
-      f'seed {row["seed"]}: {ENOUGH:.0%} after {row["scratch"]} steps from '
-      f'scratch, {row["fine_tuned"]} fine-tuned: {share:.2f} of them'
+      f'seed {row["seed"]}: {TARGET_ACCURACY:.0%} after {row["scratch"]} steps '
+      f'from scratch, {row["fine_tuned"]} fine-tuned: {share:.2f} times as many'
     )
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  command_line.run(main, define_flags)

@@ -1,14 +1,15 @@
-"""Prints how fast clips are read: prepared datasets against the originals.
+"""Compares reading clips from prepared datasets with reading original videos.
 
   python scripts/benchmarks/input_throughput.py --videos=VIDEOS
 
-VIDEOS/CLASS/video.mp4 are prepared in every form, with `tfds build`, and read
-as in training: 32 frames of interval 2, a random resized crop of 224. The same
-clips are taken of the original files with decord and OpenCV, as the published
-implementation's pipeline takes them (pip install decord). Every row is measured
-in every round; the table has medians. Its seconds are those of a core (CPU
-time), which other programs disturb less than those of a clock; how two threads
-compare with one is by the clock, and needs a machine that does nothing else.
+Prepares VIDEOS/CLASS/video.mp4 in every form with `tfds build`, and reads clips
+as in training: 32 frames of interval 2, a random resized crop of 224. Reads the
+same clips from the original files with decord and OpenCV, as the published
+implementation does (pip install decord).
+
+Measures every row in every round, and prints medians. Rates on one core are of
+CPU time, which other programs affect less. The scaling with threads is of wall
+time, and needs an idle machine.
 """
 
 from collections.abc import Callable
@@ -29,34 +30,32 @@ from tqdm import auto as tqdm
 
 from dualformer_jax import command_line
 from dualformer_jax.errors import UserError
-from dualformer_jax.input_pipeline import (
-  frame_sampling,
-  loader,
-  records,
-  views,
-)
+from dualformer_jax.input_pipeline import frame_sampling, loader, transforms
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
 
-VIDEOS = flags.DEFINE_string(
-  'videos', None, 'Folder of CLASS/video.mp4.', required=True
-)
-CRFS = flags.DEFINE_list(
-  'crf', ['20', '18', '23'], 'Of the re-encoded datasets.'
-)
-CLIPS = flags.DEFINE_integer('clips', 40, 'Clips a row and round.')
-ROUNDS = flags.DEFINE_integer('rounds', 5, 'Rounds.')
-JSON = flags.DEFINE_string('json', None, 'File to write the figures to.')
-
-PREPROCESSING = views.Preprocessing(
+FLAGS = flags.FLAGS
+PREPROCESSING = transforms.Preprocessing(
   num_frames=32, frame_interval=2, image_size=224
 )
 
 
-def prepare(form: str, crf: int, out: str) -> records.PreparedDataset:
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  flags.DEFINE_string(
+    'videos', None, 'Folder of CLASS/video.mp4.', required=True
+  )
+  flags.DEFINE_list('crf', ['20', '18', '23'], 'CRF of re-encoded datasets.')
+  flags.DEFINE_integer('clips', 40, 'Clips per row and round.')
+  flags.DEFINE_integer('rounds', 5, 'Rounds.')
+  flags.DEFINE_string('json', None, 'File to write the results to.')
+
+
+def prepare(form: str, crf: int, out: str) -> PreparedDataset:
   """Builds a dataset of the videos."""
   name = f'{form}{crf}'
   config = {'name': name, 'form': form, 'crf': crf, 'validation_share': 0.0}
   builder = pathlib.Path(__file__).parents[2] / 'data' / 'video_folder'
-  videos = pathlib.Path(VIDEOS.value).expanduser().absolute()
+  videos = pathlib.Path(FLAGS.videos).expanduser().absolute()
   done = subprocess.run(
     [
       pathlib.Path(sys.executable).with_name('tfds'),
@@ -72,27 +71,27 @@ def prepare(form: str, crf: int, out: str) -> records.PreparedDataset:
   )
   if done.returncode:
     raise UserError(f'{videos}: cannot be prepared: {done.stderr[-500:]}')
-  return records.PreparedDataset(f'video_folder/{name}', 'train', out)
+  return PreparedDataset(f'video_folder/{name}', 'train', out)
 
 
-def read_prepared(dataset: records.PreparedDataset) -> Callable[[int], object]:
-  """What makes one clip of a prepared dataset, the record read included."""
+def read_prepared(dataset: PreparedDataset) -> Callable[[int], object]:
+  """Returns a function that reads one clip of a prepared dataset."""
 
   def read(number: int) -> object:
     rng = np.random.default_rng(number)
     video = dataset[number % len(dataset)].video
-    return views.train_clip(video, PREPROCESSING, rng)
+    return transforms.train_clips(video, PREPROCESSING, [rng])
 
   return read
 
 
 def read_originals(paths: list[pathlib.Path]) -> Callable[[int], object]:
-  """What makes one clip of an original file, with decord and OpenCV."""
+  """Returns a function that reads a clip of a file with decord and OpenCV."""
   try:
     import decord  # pyright: ignore[reportMissingImports]
   except ImportError:
     raise UserError(
-      'decord is not installed, which the originals are read with: pip install'
+      'decord is not installed, but reads the original videos: pip install'
       ' decord'
     ) from None
 
@@ -100,28 +99,28 @@ def read_originals(paths: list[pathlib.Path]) -> Callable[[int], object]:
     rng = np.random.default_rng(number)
     path = paths[number % len(paths)]
     reader = decord.VideoReader(str(path), num_threads=1)
-    (picked,) = frame_sampling.train_frames(len(reader), 32, 2, 1, rng)
+    picked = frame_sampling.train_frames(len(reader), 32, 2, rng)
     frames = reader.get_batch(picked).asnumpy()
-    frames = views.resize_short_side(frames, 256)
-    return views.random_resized_crop(frames, 224, rng)
+    frames = transforms.resize_short_side(frames, 256)
+    return transforms.random_resized_crop(frames, 224, rng)
 
   return read
 
 
 def rate_of_threads(
-  dataset: records.PreparedDataset, num_threads: int, num_clips: int
+  dataset: PreparedDataset, num_threads: int, num_clips: int
 ) -> float:
-  """Clips per second of the loader."""
-  clips = loader.train_loader(
+  """Returns the loader's clips per second."""
+  clips = loader.TrainLoader(
     dataset,
     PREPROCESSING,
-    batch_size=4,
-    seed=0,
+    loader.TrainOptions(seed=0),
+    loader.HostBatch(4),
     num_threads=num_threads,
   )
   next(clips)  # starts the threads
   for _ in range(2 * num_threads // 4 + 2):
-    next(clips)  # and empties what was read ahead meanwhile
+    next(clips)  # drops batches that were read ahead meanwhile
   start = time.perf_counter()
   batches = max(1, num_clips // 4)
   for _ in range(batches):
@@ -136,7 +135,7 @@ def main() -> None:
   cv2.setNumThreads(0)
   all_cores = sorted(os.sched_getaffinity(0))
   with tempfile.TemporaryDirectory() as out:
-    forms = [('reencoded', int(crf)) for crf in CRFS.value]
+    forms = [('reencoded', int(crf)) for crf in FLAGS.crf]
     forms += [('jpeg', 18), ('verbatim', 18)]
     datasets = {
       f'{form}, CRF {crf}' if form == 'reencoded' else form: prepare(
@@ -145,7 +144,7 @@ def main() -> None:
       for form, crf in tqdm.tqdm(forms, desc='Preparing')
     }
     first = datasets['verbatim']
-    root = pathlib.Path(VIDEOS.value).expanduser()
+    root = pathlib.Path(FLAGS.videos).expanduser()
     paths = [root / first[i].video_id for i in range(len(first))]
     readers = {'original files, decord and OpenCV': read_originals(paths)}
     readers |= {name: read_prepared(d) for name, d in datasets.items()}
@@ -158,22 +157,22 @@ def main() -> None:
     threads = sorted({1, 2, len(all_cores)} & set(range(1, len(all_cores) + 1)))
     scaling: dict[int, list[float]] = {n: [] for n in threads}
     best = next(iter(datasets))
-    for turn in tqdm.trange(ROUNDS.value, desc='Measuring'):
+    for turn in tqdm.trange(FLAGS.rounds, desc='Measuring'):
       os.sched_setaffinity(0, all_cores[:1])
       for name, read in readers.items():
         start = time.process_time()
-        for number in range(CLIPS.value):
-          read(turn * CLIPS.value + number)
-        rates[name].append(CLIPS.value / (time.process_time() - start))
+        for number in range(FLAGS.clips):
+          read(turn * FLAGS.clips + number)
+        rates[name].append(FLAGS.clips / (time.process_time() - start))
       for number, kept in scaling.items():
         os.sched_setaffinity(0, all_cores[:number])
         kept.append(
-          rate_of_threads(datasets[best], number, number * CLIPS.value)
+          rate_of_threads(datasets[best], number, number * FLAGS.clips)
         )
       os.sched_setaffinity(0, all_cores)
   medians = {name: statistics.median(values) for name, values in rates.items()}
   base = medians['original files, decord and OpenCV']
-  print('| read from | MB a video | clips/s on one core | ratio |')
+  print('| source | MB per video | clips/s on one core | ratio |')
   print('|---|---|---|---|')
   for name, rate in medians.items():
     size = sizes[name] / 1e6
@@ -183,7 +182,7 @@ def main() -> None:
     pairs = zip(values, scaling[1], strict=True)
     ratio = statistics.median(many / one for many, one in pairs)
     print(f'{best}, {number} threads on as many cores: {ratio:.2f} times one')
-  if JSON.value:
+  if FLAGS.json:
     content = {
       'machine': platform.processor() or platform.machine(),
       'cores': len(all_cores),
@@ -191,8 +190,8 @@ def main() -> None:
       'bytes_per_video': sizes,
       'clips_per_second_by_threads': by_threads,
     }
-    pathlib.Path(JSON.value).write_text(json.dumps(content, indent=2) + '\n')
+    pathlib.Path(FLAGS.json).write_text(json.dumps(content, indent=2) + '\n')
 
 
 if __name__ == '__main__':
-  command_line.run(main)
+  command_line.run(main, define_flags)

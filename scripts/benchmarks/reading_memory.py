@@ -1,10 +1,10 @@
-"""Plots the memory and the open files of a process that reads many clips.
+"""Plots memory and open files of a process that reads many clips.
 
   python scripts/benchmarks/reading_memory.py --config=configs/motion.py \
     --clips=20000 --out=docs/reading_memory.png
 
-Reads the training split of the config's dataset, epoch after epoch, as a
-training run does. Prints both at the start, in the middle and at the end.
+Reads the training split of the config's dataset for several epochs, as training
+does. Prints both figures at the start, in the middle and at the end.
 """
 
 import os
@@ -18,23 +18,29 @@ import numpy as np
 from tqdm import auto as tqdm
 
 from dualformer_jax import command_line
-from dualformer_jax.input_pipeline import loader, records, views
+from dualformer_jax.input_pipeline import loader, transforms
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
 
-CONFIG = config_flags.DEFINE_config_file('config', None, 'The recipe.')
-CLIPS = flags.DEFINE_integer('clips', 20_000, 'How many.', lower_bound=1)
-OUT = flags.DEFINE_string('out', None, 'PNG file to plot into.')
-
+FLAGS = flags.FLAGS
 _WIDTH, _HEIGHT, _MARGIN = 900, 320, 60
 
 
+def define_flags() -> None:
+  """Defines the flags of the command."""
+  config_flags.DEFINE_config_file('config', None, 'The recipe.')
+  flags.DEFINE_integer('clips', 20_000, 'Number of clips.', lower_bound=1)
+  flags.DEFINE_string('out', None, 'PNG file of the plot.')
+  flags.mark_flag_as_required('config')
+
+
 def resident_mb() -> float:
-  """Memory of this process that is in use now."""
+  """Returns the resident memory of this process."""
   pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
   return pages * resource.getpagesize() / 1e6
 
 
 def plot(counts: list[int], memory: list[float]) -> np.ndarray:
-  """Megabytes over clips, RGB."""
+  """Returns a plot of megabytes over clips, RGB."""
   picture = np.full((_HEIGHT, _WIDTH, 3), 255, np.uint8)
   top = 1.25 * max(memory)
 
@@ -66,28 +72,28 @@ def plot(counts: list[int], memory: list[float]) -> np.ndarray:
 
 def main() -> None:
   """Reads, prints and plots."""
-  config = CONFIG.value
+  config = FLAGS.config
   dataset = config.dataset
-  data = records.PreparedDataset(
-    dataset.name, dataset.train_split, dataset.data_dir
-  )
-  clips = loader.train_loader(
+  data = PreparedDataset(dataset.name, dataset.train_split, dataset.data_dir)
+  clips = loader.TrainLoader(
     data,
-    views.Preprocessing(
+    transforms.Preprocessing(
       num_frames=config.model.num_frames,
       frame_interval=dataset.frame_interval,
       image_size=config.model.image_size,
       sampling=dataset.sampling,
     ),
-    batch_size=config.batch_size,
-    seed=config.seed,
+    loader.TrainOptions(
+      seed=config.seed,
+      short_side=dataset.train_short_side,
+      random_crop=dataset.random_crop,
+    ),
+    loader.HostBatch(config.batch_size),
     num_threads=dataset.num_threads,
     prefetch=dataset.prefetch,
-    short_side=dataset.train_short_side,
-    random_crop=dataset.random_crop,
   )
   counts, memory, files = [], [], []
-  batches = -(-CLIPS.value // config.batch_size)
+  batches = -(-FLAGS.clips // config.batch_size)
   for number in tqdm.trange(batches, unit=' batches', mininterval=1.0):
     next(clips)
     if number >= 10:  # Threads have started, and buffers are full.
@@ -95,23 +101,14 @@ def main() -> None:
       memory.append(resident_mb())
       files.append(len(os.listdir('/proc/self/fd')))
   clips.close()
-  for place in (0, len(counts) // 2, len(counts) - 1):
-    print(
-      f'after {counts[place]} clips: {memory[place]:.0f} MB,'
-      f' {files[place]} open files'
-    )
+  for i in (0, len(counts) // 2, len(counts) - 1):
+    print(f'after {counts[i]} clips: {memory[i]:.0f} MB, {files[i]} open files')
   half = len(memory) // 2
   first, second = np.median(memory[:half]), np.median(memory[half:])
   print(f'median of the first half {first:.0f} MB, of the second {second:.0f}')
-  if OUT.value:
-    cv2.imwrite(OUT.value, plot(counts, memory)[..., ::-1])
-
-
-def cli() -> None:
-  """Runs the command."""
-  flags.mark_flag_as_required('config')
-  command_line.run(main)
+  if FLAGS.out:
+    cv2.imwrite(FLAGS.out, plot(counts, memory)[..., ::-1])
 
 
 if __name__ == '__main__':
-  cli()
+  command_line.run(main, define_flags)

@@ -1,24 +1,23 @@
-"""How fast the model runs and trains, beside PyTorch on the same machine.
+"""Measures the speed of the model, compared with PyTorch on the same machine.
 
-  pip install torch    # only here; the package never imports it
+  pip install -e '.[benchmark]'
   python scripts/benchmarks/speed.py --out=docs/speed.json
 
-Every program runs in a process of its own (speed_worker.py), compiled and
-warmed up first; then all programs of a case take turns, round by round, so
-that what else the machine does falls on all alike. The medians over rounds are
-compared. Prints a table, and writes the figures with machine and versions into
-a file, where those of other cases stay. speed_plot.py draws them.
+Every program runs in its own process (speed_worker.py), compiled and warmed up
+first. Then the programs of a case take turns, round by round, so that other
+load on the machine affects all of them. The medians over rounds are compared.
+Prints a table, and merges the figures, with machine and versions, into the file
+--out. speed_plot.py draws them.
 
-With --stages=1,2,3,4 each stage runs as a model of its own. The bound of the
-roofline is what the products take at the measured peak, or what the program
-moves at the measured bandwidth, whichever is longer; what stays in caches is
-moved for less.
+With --stages=1,2,3,4 each stage runs as its own model. The roofline is the
+longer of two times: of the matrix products at the measured peak, and of the
+memory traffic at the measured bandwidth.
 
-A peer is 'jax', the package; 'jax-full', the package with all tokens attending
-to all, as a plain video transformer would; or a way to run torch_peer.py: eager
-or compile, and with -sdpa by PyTorch's fused attention. With bfloat16 these run
-under autocast. With -kept the process keeps its memory from step to step, as
-that of 'jax' does on a CPU.
+A peer is 'jax', the package; 'jax-full', the package with full space-time
+attention; or torch_peer.py as 'eager' or 'compile' (torch.compile). Suffixes of
+the latter are '-sdpa', PyTorch's fused attention, and '-kept', a process that
+keeps its memory between steps, as 'jax' does on a CPU. In bfloat16, PyTorch
+runs under autocast.
 """
 
 from collections.abc import Sequence
@@ -48,30 +47,34 @@ PEERS = (
 )
 
 OUT = flags.DEFINE_string('out', None, 'File to write the figures to (JSON).')
-VARIANTS = flags.DEFINE_list('variants', 'tiny,small,base', 'Sizes of model.')
-PASSES = flags.DEFINE_list('passes', 'forward,step', 'forward, step or both.')
-DTYPES = flags.DEFINE_list('dtypes', 'float32,bfloat16', 'What to compute in.')
-CLIPS = flags.DEFINE_list('clips', '1,2', 'Clips in a batch.')
-STAGES = flags.DEFINE_list(
-  'stages', '0', 'Stages to run by themselves, 1 to 4; 0 for the whole model.'
+VARIANTS = flags.DEFINE_list('variants', 'tiny,small,base', 'Model sizes.')
+PASSES = flags.DEFINE_list(
+  'passes', 'forward,step', 'forward, step or both: passes to run.'
 )
-FRAMES = flags.DEFINE_list('frames', '32', 'Frames of a clip.')
-PIXELS = flags.DEFINE_list('pixels', '224', 'Rows and columns of a clip.')
-PEERS_FLAG = flags.DEFINE_list('peers', ','.join(PEERS), 'What to compare.')
+DTYPES = flags.DEFINE_list('dtypes', 'float32,bfloat16', 'Compute dtypes.')
+CLIPS = flags.DEFINE_list('clips', '1,2', 'Clips per batch.')
+STAGES = flags.DEFINE_list(
+  'stages', '0', 'Single stages to run, 1 to 4; 0 is the whole model.'
+)
+FRAMES = flags.DEFINE_list('frames', '32', 'Frames per clip.')
+PIXELS = flags.DEFINE_list('pixels', '224', 'Height and width of a clip.')
+PEERS_FLAG = flags.DEFINE_list('peers', ','.join(PEERS), 'Programs to compare.')
 TOGETHER = flags.DEFINE_bool(
   'together',
   False,
-  'Compile the programs of all cases at once: sooner done, where there are '
-  'cores and memory for it, but compiling takes as long as on a busy machine.',
+  'Compile the programs of all cases at once: faster with enough cores and '
+  'memory, but the compile times are those of a busy machine.',
 )
-ROUNDS = flags.DEFINE_integer('rounds', 5, 'Timed runs of each.', lower_bound=1)
+ROUNDS = flags.DEFINE_integer(
+  'rounds', 5, 'Timed runs of each program.', lower_bound=1
+)
 
 
 class Program:
-  """A worker that has compiled its program and waits."""
+  """A worker process with one program."""
 
   def __init__(self, case: dict[str, Any]):
-    self.case, self.times, self.told = case, [], {}
+    self.case, self.times, self.info = case, [], {}
     self.process = subprocess.Popen(
       [sys.executable, WORKER, json.dumps(case)],
       stdin=subprocess.PIPE,
@@ -80,8 +83,8 @@ class Program:
     )
 
   def wait(self) -> None:
-    """Waits until it has compiled."""
-    self.told = self._answer()
+    """Waits until the program is compiled."""
+    self.info = self._answer()
 
   def _answer(self) -> dict[str, Any]:
     assert self.process.stdout is not None
@@ -90,23 +93,23 @@ class Program:
 
   def run(self) -> None:
     """Times one run."""
-    if not self.told.get('failed'):
+    if not self.info.get('failed'):
       assert self.process.stdin is not None
       with contextlib.suppress(BrokenPipeError):
         print('run', file=self.process.stdin, flush=True)
       answer = self._answer()
-      self.told |= {k: v for k, v in answer.items() if k == 'failed'}
+      self.info |= {k: v for k, v in answer.items() if k == 'failed'}
       self.times += [answer['s']] if 's' in answer else []
 
   def finish(self) -> dict[str, Any]:
-    """Returns all there is to tell, and ends the process."""
+    """Ends the process; returns the case with its figures."""
     assert self.process.stdin is not None
     with contextlib.suppress(BrokenPipeError):
       self.process.stdin.close()
-    if not self.told.get('failed'):
-      self.told |= self._answer()
+    if not self.info.get('failed'):
+      self.info |= self._answer()
     self.process.wait()
-    result = {**self.case, **self.told, 'times_s': self.times}
+    result = {**self.case, **self.info, 'times_s': self.times}
     if self.times:
       median = statistics.median(self.times)
       result |= {'s': median, 'clips_per_s': self.case['clips'] / median}
@@ -116,9 +119,12 @@ class Program:
 def measure(
   case: dict[str, Any], peers: Sequence[str], started: dict[str, Program]
 ) -> list[dict[str, Any]]:
-  """Returns what each peer took for the case, having taken turns.
+  """Times all peers in turns; returns their figures.
 
-  Those in `started` are compiling already.
+  Args:
+    case: Fields that all peers share.
+    peers: Programs to compare.
+    started: Programs that are compiling already, by peer.
   """
   programs = []
   for peer in peers:
@@ -126,8 +132,8 @@ def measure(
     program = started.get(peer) or Program({'peer': peer, **case})
     program.wait()
     programs.append(program)
-    took = time.perf_counter() - start
-    print(f'  {peer}: ready after {took:.0f} s', file=sys.stderr, flush=True)
+    elapsed = time.perf_counter() - start
+    print(f'  {peer}: ready after {elapsed:.0f} s', file=sys.stderr, flush=True)
   for _ in range(ROUNDS.value):
     for program in programs:
       program.run()
@@ -135,24 +141,23 @@ def measure(
 
 
 def flops(case: dict[str, Any]) -> float:
-  """Returns the floating-point operations of the case, two per multiply-add.
+  """Returns the FLOPs of a case, two per multiply-add.
 
-  The backward pass of a product is two products. What is computed anew counts
-  for nothing, as it is not what was asked for.
+  The backward pass of a product is two products. Recomputation is not counted.
   """
   import speed_worker
 
-  from dualformer_jax.models import complexity
+  from dualformer_jax.models import flops
   from dualformer_jax.models.dualformer import DualFormer
 
   model = DualFormer(**speed_worker.model_fields(case))
   passes = 3 if case['pass'] == 'step' else 1
-  products = sum(row.multiply_adds for row in complexity.count(model))
+  products = sum(row.multiply_adds for row in flops.count(model))
   return 2 * passes * case['clips'] * products
 
 
 def processor() -> str:
-  """Returns the name of the processor, as far as the system tells."""
+  """Returns the name of the processor, if the system knows it."""
   info = pathlib.Path('/proc/cpuinfo')
   text = info.read_text() if info.exists() else ''
   name = re.search(r'model name\s*: (.+)', text)
@@ -160,7 +165,7 @@ def processor() -> str:
 
 
 def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
-  """Prints a line for each program of one case."""
+  """Prints a line for each program of a case."""
   first = results[0]
   stage = f' stage {first["stage"]}' if first['stage'] else ''
   print(
@@ -190,7 +195,7 @@ def show(results: Sequence[dict[str, Any]], peaks: dict[str, Any]) -> None:
 def main(_: Sequence[str]) -> None:
   """Measures all cases."""
   out = pathlib.Path(OUT.value) if OUT.value else None
-  kept = json.loads(out.read_text()) if out and out.exists() else []
+  saved = json.loads(out.read_text()) if out and out.exists() else []
   peaks = {}
   for dtype in DTYPES.value:
     program = Program({'peer': 'peaks', 'dtype': dtype})
@@ -220,7 +225,7 @@ def main(_: Sequence[str]) -> None:
   if TOGETHER.value:
     for programs, case in zip(started, cases, strict=True):
       for peer in PEERS_FLAG.value:
-        if not peer.startswith('eager'):  # there is nothing to compile
+        if not peer.startswith('eager'):  # nothing to compile
           programs[peer] = Program({'peer': peer, **case})
   for programs, case in zip(started, cases, strict=True):
     results = measure(case, PEERS_FLAG.value, programs)
@@ -229,7 +234,7 @@ def main(_: Sequence[str]) -> None:
     machine = peak['device']
     if machine == 'cpu':
       machine = f'{processor()}, {os.cpu_count()} cores'
-    where = {
+    context = {
       'date': datetime.date.today().isoformat(),
       'machine': machine,
       'peak_flops': peak['peak_flops'],
@@ -238,11 +243,11 @@ def main(_: Sequence[str]) -> None:
       'compiled_together': TOGETHER.value,
     }
     for result in results:
-      same = {'peer': result['peer'], 'machine': machine, **case}
-      kept = [r for r in kept if any(r[k] != v for k, v in same.items())]
-      kept.append(where | result)
+      key = {'peer': result['peer'], 'machine': machine, **case}
+      saved = [r for r in saved if any(r[k] != v for k, v in key.items())]
+      saved.append(context | result)
     if out:
-      out.write_text(json.dumps(kept, indent=1))
+      out.write_text(json.dumps(saved, indent=1))
 
 
 if __name__ == '__main__':

@@ -1,14 +1,14 @@
-"""Draws what speed.py and its workers measured.
+"""Plots the figures of speed.py.
 
-  pip install "dualformer_jax[benchmark]"
+  pip install -e '.[benchmark]'
   python scripts/benchmarks/speed_plot.py docs/speed.json docs/speed.png
   python scripts/benchmarks/speed_plot.py docs/scaling.json docs/scaling.png
 
-Of cases that differ in size, time and memory are drawn over tokens and over
-clips; otherwise the clips that each program does in a second.
+If the cases differ in size, plots time and memory over tokens and over clips;
+otherwise the clips per second of each program.
 """
 # pyright: reportMissingImports=false
-# (of the extra `benchmark`, which nothing else needs)
+# (matplotlib is in the extra `benchmark`, which nothing else needs)
 
 import json
 import math
@@ -34,13 +34,13 @@ MARKERS = {112: 'v', 224: 'o', 448: '^'}
 COLORS = dict(zip(NAMES, plt.get_cmap('tab10').colors, strict=False))
 
 
-def tokens(result: dict[str, Any]) -> int:
-  """Returns the tokens of a clip after the first patch embedding."""
+def count_tokens(result: dict[str, Any]) -> int:
+  """Returns the tokens per clip after the first patch embedding."""
   return result['num_frames'] // 2 * (result['image_size'] // 4) ** 2
 
 
-def draw_speed(results: list[dict[str, Any]]) -> None:
-  """Draws a bar of clips per second for each program, case by case."""
+def plot_speed(results: list[dict[str, Any]]) -> None:
+  """Plots a bar of clips per second for each program of each case."""
   cases: dict[str, list[dict[str, Any]]] = {}
   for result in results:
     if result['stage']:
@@ -55,14 +55,14 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
     figsize=(max(1.6 * columns + 1, 8), 2.8 * rows + 0.8),
     squeeze=False,
   )
-  bars = {}  # for the legend; a case may lack a program
+  bars = {}  # for the legend, as a case can lack a program
   for axis in axes.flat[len(cases) :]:
     axis.remove()
   for axis, (name, programs) in zip(axes.flat, cases.items(), strict=False):
-    for place, result in enumerate(programs):
+    for index, result in enumerate(programs):
       rate = result.get('clips_per_s', 0)
       peer = result['peer']
-      bar = bars[NAMES[peer]] = axis.bar(place, rate, color=COLORS[peer])
+      bar = bars[NAMES[peer]] = axis.bar(index, rate, color=COLORS[peer])
       axis.bar_label(bar, [f'{rate:.3g}'], fontsize=8)
     axis.set_title(name, fontsize=8)
     axis.set_xticks([])
@@ -80,16 +80,18 @@ def draw_speed(results: list[dict[str, Any]]) -> None:
   figure.tight_layout(rect=(0, 0.4 / figure.get_figheight(), 1, 1))
 
 
-def draw_scaling(results: list[dict[str, Any]]) -> None:
-  """Draws time and memory over the tokens of a clip, and over clips."""
+def plot_scaling(results: list[dict[str, Any]]) -> None:
+  """Plots time and memory over tokens per clip, and over clips per batch."""
   figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharey='row')
   done = [result for result in results if 's' in result]
   single = [result for result in done if result['clips'] == 1]
-  usual = [r for r in done if (r['num_frames'], r['image_size']) == (32, 224)]
+  default_size = [
+    r for r in done if (r['num_frames'], r['image_size']) == (32, 224)
+  ]
   for column, (some, count, label) in enumerate(
     (
-      (single, tokens, 'tokens of a clip'),
-      (usual, lambda r: r['clips'], 'clips of 32 x 224 x 224 in a batch'),
+      (single, count_tokens, 'tokens per clip'),
+      (default_size, lambda r: r['clips'], 'clips of 32 x 224 x 224 per batch'),
     )
   ):
     lines = dict.fromkeys((r['peer'], r['image_size']) for r in some)
@@ -112,18 +114,18 @@ def draw_scaling(results: list[dict[str, Any]]) -> None:
     axis.set(xscale='log', yscale='log')
     axis.spines[['top', 'right']].set_visible(False)
     axis.grid(alpha=0.3)
-  axes[0, 0].set_ylabel('seconds a batch')
+  axes[0, 0].set_ylabel('seconds per batch')
   axes[1, 0].set_ylabel('peak memory of the process (GB)')
   axes[1, 0].legend(fontsize=8, loc='upper left')
   figure.tight_layout()
 
 
 def main() -> None:
-  """Draws the figures in one file into another."""
+  """Plots the figures of a JSON file into an image."""
   source, target = sys.argv[1:]
   results = json.loads(pathlib.Path(source).read_text())
-  of_one_size = len({tokens(result) for result in results}) == 1
-  (draw_speed if of_one_size else draw_scaling)(results)
+  is_one_size = len({count_tokens(result) for result in results}) == 1
+  (plot_speed if is_one_size else plot_scaling)(results)
   plt.savefig(target, dpi=120)
 
 

@@ -1,16 +1,15 @@
-"""DualFormer in PyTorch, as a peer to measure against; not part of the package.
+"""DualFormer in PyTorch, for comparison in benchmarks; not part of the package.
 
-Written from the description of the published implementation, with the
-operations that it runs: general convolutions, channels moved to the front and
-back around each of them, attention that keeps its score matrix. Names of
-parameters are those of published .pth files. tests/test_torch_peer.py holds it
-to the figures that the published implementation printed.
+It runs the operations of the published implementation: general convolutions,
+channels moved to the front and back around each of them, and attention that
+saves its score matrix. Parameter names are those of the published .pth files.
+tests/scripts/test_torch_peer.py compares it with the published figures.
 
-`attention='sdpa'` is the same with PyTorch's own fused attention, which the
-published implementation does not use: a peer as fast as PyTorch allows.
+With `attention='sdpa'` it uses PyTorch's fused attention instead, which is
+faster.
 """
 # pyright: reportMissingImports=false
-# (of the extra `benchmark`, which nothing else needs)
+# (torch is in the extra `benchmark`, which nothing else needs)
 
 from collections.abc import Mapping, Sequence
 import itertools
@@ -27,7 +26,7 @@ Size = tuple[int, int, int]
 def attend(
   q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attention: str
 ) -> torch.Tensor:
-  """Attention of [..., heads, tokens, channels of a head]."""
+  """Computes attention of arrays [..., heads, tokens, channels per head]."""
   if attention == 'sdpa':
     return functional.scaled_dot_product_attention(q, k, v)
   scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
@@ -35,7 +34,7 @@ def attend(
 
 
 class LocalWindowAttention(nn.Module):
-  """Attention inside windows that tile the grid without padding."""
+  """Attention within windows, which must tile the grid."""
 
   def __init__(self, channels: int, heads: int, window: Size, attention: str):
     super().__init__()
@@ -59,7 +58,7 @@ class LocalWindowAttention(nn.Module):
 
 
 class GlobalPyramidAttention(nn.Module):
-  """All tokens attend to tokens pooled by strided convolutions."""
+  """Attention of all tokens to tokens pooled by strided convolutions."""
 
   def __init__(
     self,
@@ -123,7 +122,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """Attention, then MLP, each with its residual and drop path."""
+  """Attention and MLP, each with a residual connection and drop path."""
 
   def __init__(self, attn: nn.Module, channels: int, drop_path: float):
     super().__init__()
@@ -232,10 +231,10 @@ class Head(nn.Module):
 
 
 class DualFormer(nn.Module):
-  """The whole classifier, for clips [b, 3, t, y, x].
+  """Classifier of clips [b, 3, t, y, x].
 
-  Takes the fields of `config.model` (those about JAX are left out), and
-  `attention`: 'materialised' as published, or 'sdpa'.
+  Takes the fields of `config.model` except those for JAX, and `attention`:
+  'materialized', as published, or 'sdpa'.
   """
 
   def __init__(
@@ -251,7 +250,7 @@ class DualFormer(nn.Module):
     coarse_sizes: Sequence[Size | None] = ((4, 4, 4), (4, 4, 4), None, None),
     drop_path_rate: float = 0.0,
     head_dropout: float = 0.5,
-    attention: str = 'materialised',
+    attention: str = 'materialized',
   ):
     super().__init__()
     self.backbone = Backbone(
@@ -271,10 +270,10 @@ class DualFormer(nn.Module):
     return self.cls_head(self.backbone(x))
 
 
-def optimizer_of(
+def make_optimizer(
   model: nn.Module, learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-  """AdamW with the published recipe's rates and decays for each parameter."""
+  """Returns AdamW with the rates and decays of the published recipe."""
 
   def multipliers(name: str) -> tuple[float, float]:
     if 'pos_block' in name:
@@ -296,7 +295,7 @@ def optimizer_of(
 
 
 def load(model: nn.Module, state_dict: Mapping[str, np.ndarray]) -> None:
-  """Loads arrays by the names of a published .pth; all must be there."""
+  """Loads arrays by their names in a published .pth; all are required."""
   model.load_state_dict(
     {name: torch.from_numpy(array) for name, array in state_dict.items()}
   )

@@ -1,0 +1,1 @@
+"""Checkpoint folders, .pth files, and transfer between models."""

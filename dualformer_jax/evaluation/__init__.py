@@ -1,0 +1,1 @@
+"""Scoring of dataset splits, metrics, and reports."""

@@ -1,0 +1,222 @@
+"""Random access to the records of TFRecord and ArrayRecord files.
+
+TFRecord files get an index of record offsets. It is built in one scan of the
+record headers and saved beside the files.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import itertools
+import os
+import pathlib
+import struct
+from typing import Any, BinaryIO
+import zipfile
+
+from array_record.python import array_record_data_source
+import google_crc32c
+from jaxtyping import Int64
+import numpy as np
+
+from dualformer_jax import errors, files
+
+# A record of a TFRecord file: its length, the length's checksum, the data, the
+# data's checksum.
+_HEADER = struct.Struct('<QI')
+_FOOTER = struct.Struct('<I')
+_SCAN_THREADS = 16
+# What reading a record raises. ArrayRecord raises RuntimeError.
+READ_FAILURES = (OSError, ValueError, IndexError, RuntimeError, struct.error)
+
+
+class ArrayRecordFiles:
+  """ArrayRecord files, which have their own index."""
+
+  def __init__(self, paths: list[str], lengths: list[int]):
+    """Opens the files.
+
+    Args:
+      paths: of the shards.
+      lengths: expected number of records in each shard.
+
+    Raises:
+      UserError: a file is damaged, or has another number of records.
+    """
+
+    def count_records(path: str) -> int:
+      open_file = array_record_data_source.ArrayRecordDataSource
+      with _damage_as_user_error(path), open_file([path]) as source:
+        return len(source)
+
+    with futures.ThreadPoolExecutor(_SCAN_THREADS) as threads:
+      counts = threads.map(count_records, paths)
+      for path, length, count in zip(paths, lengths, counts, strict=True):
+        _check_count(path, count, length)
+    self._source = array_record_data_source.ArrayRecordDataSource(paths)
+    self._paths = paths
+    self._first_indices = [0, *itertools.accumulate(lengths)]
+
+  def read(self, index: int) -> bytes:
+    """Returns a record; raises one of READ_FAILURES."""
+    return self._source[index]
+
+  def where(self, index: int) -> str:
+    """Returns the file of a record and its position in it."""
+    shard = bisect.bisect_right(self._first_indices, index) - 1
+    return f'{self._paths[shard]}, record {index - self._first_indices[shard]}'
+
+
+class TFRecordFiles:
+  """TFRecord files with an index of record offsets."""
+
+  def __init__(
+    self, paths: list[str], lengths: list[int], index_path: pathlib.Path
+  ):
+    """Loads the index, or builds and saves it.
+
+    Args:
+      paths: of the shards.
+      lengths: expected number of records in each shard.
+      index_path: of the index.
+
+    Raises:
+      UserError: a file is damaged, or has another number of records.
+    """
+    self._paths = paths
+    self._first_indices = [0, *itertools.accumulate(lengths)]
+    stats = [os.stat(path) for path in paths]
+    # Identifies the files that the index was built from.
+    state = np.array([[s.st_size, s.st_mtime_ns] for s in stats], np.int64)
+    saved = load_arrays(index_path, 'state', 'starts') or ((), ())
+    offsets = saved[1]
+    size = sum(lengths) + len(paths)
+    if not np.array_equal(saved[0], state) or len(offsets) != size:
+      with futures.ThreadPoolExecutor(_SCAN_THREADS) as threads:
+        shards = list(threads.map(_scan, paths))
+      for path, length, shard in zip(paths, lengths, shards, strict=True):
+        _check_count(path, len(shard) - 1, length)
+      offsets = np.concatenate(shards)
+      save_arrays(index_path, state=state, starts=offsets)
+    # Of each shard: the offset of each record, then the size of the file.
+    self._offsets = offsets
+
+  def read(self, index: int) -> bytes:
+    """Returns a record; raises one of READ_FAILURES."""
+    path, start, end = self._locate(index)
+    # Opened for each record, as there may be more shards than a process may
+    # have files open.
+    with open(path, 'rb') as file:
+      file.seek(start)
+      content = file.read(end - start)
+    if len(content) < end - start:
+      raise ValueError('the file ends within it')
+    _parse_header(content)
+    data = content[_HEADER.size : -_FOOTER.size]
+    if _FOOTER.unpack(content[-_FOOTER.size :])[0] != _masked_crc(data):
+      raise ValueError('its checksum is wrong')
+    return data
+
+  def where(self, index: int) -> str:
+    """Returns the file of a record and its position in it."""
+    path, start, _ = self._locate(index)
+    return f'{path}, at byte {start}'
+
+  def _locate(self, index: int) -> tuple[str, int, int]:
+    """Returns a record's file, its first byte there, and its end."""
+    shard = bisect.bisect_right(self._first_indices, index) - 1
+    # Each shard before this one has one more entry than it has records.
+    start, end = map(int, self._offsets[index + shard : index + shard + 2])
+    return self._paths[shard], start, end
+
+
+def load_arrays(path: pathlib.Path, *names: str) -> list[Any] | None:
+  """Loads arrays that save_arrays saved; None if the file is unusable."""
+  try:
+    with open(path, 'rb') as file, np.load(file, allow_pickle=False) as content:
+      return [content[name] for name in names]
+  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    return None
+
+
+def save_arrays(path: pathlib.Path, **arrays: Any) -> None:
+  """Saves arrays, unless the folder is not writable."""
+  with contextlib.suppress(OSError), files.atomic_write(path) as file:
+    np.savez(file, **arrays)
+
+
+def one_line(error: BaseException) -> str:
+  """Returns the message of an error in one line."""
+  return ' '.join(str(error).split()) or type(error).__name__
+
+
+def _masked_crc(data: bytes) -> int:
+  """Returns TFRecord's checksum (tensorflow/core/lib/hash/crc32c.h)."""
+  crc = google_crc32c.value(data)
+  return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _parse_header(content: bytes) -> int:
+  """Returns the length of the record that starts with `content`."""
+  length, crc = _HEADER.unpack_from(content)
+  if crc != _masked_crc(content[:8]):
+    raise ValueError('the checksum of its length is wrong')
+  return length
+
+
+def _scan(path: str) -> Int64[np.ndarray, ' n']:
+  """Returns the offset of each record, then the file's size."""
+  offsets = [0]
+  with _damage_as_user_error(path), open(path, 'rb', buffering=0) as file:
+    size = os.fstat(file.fileno()).st_size
+    while offsets[-1] < size:
+      file.seek(offsets[-1])
+      header = file.read(_HEADER.size)
+      if len(header) < _HEADER.size:
+        raise ValueError(f'ends within record {len(offsets) - 1}')
+      try:
+        length = _parse_header(header)
+      except ValueError:
+        # A damaged length costs this record only, not those after it.
+        end = _find_next_header(file, offsets[-1] + _HEADER.size, size)
+      else:
+        end = offsets[-1] + len(header) + length + _FOOTER.size
+      if end > size:
+        raise ValueError(f'ends within record {len(offsets) - 1}')
+      offsets.append(end)
+  return np.array(offsets, np.int64)
+
+
+def _find_next_header(file: BinaryIO, start: int, size: int) -> int:
+  """Returns the offset of the first valid header after `start`, or `size`."""
+  file.seek(start)
+  rest = file.read(size - start)
+  for offset in range(_FOOTER.size, len(rest) - _HEADER.size):
+    length, crc = _HEADER.unpack_from(rest, offset)
+    end = offset + _HEADER.size + length + _FOOTER.size
+    if end <= len(rest) and crc == _masked_crc(rest[offset : offset + 8]):
+      return start + offset
+  return size
+
+
+@contextlib.contextmanager
+def _damage_as_user_error(path: str) -> Iterator[None]:
+  try:
+    yield
+  except READ_FAILURES as error:
+    raise errors.UserError(
+      f'{path}: is damaged or truncated: {one_line(error)}; copy it again, or'
+      ' prepare the dataset again'
+    ) from error
+
+
+def _check_count(path: str, count: int, expected: int) -> None:
+  if count != expected:
+    raise errors.UserError(
+      f'{path}: has {count} records, expected {expected} as in'
+      ' dataset_info.json; copy the whole folder again, or prepare the dataset'
+      ' again'
+    )

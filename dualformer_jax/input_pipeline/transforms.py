@@ -1,0 +1,325 @@
+"""Cuts uint8 clips from videos: frame selection, resizing and cropping."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+import contextlib
+import dataclasses
+import functools
+import math
+
+import cv2
+from jaxtyping import Int, UInt8
+import numpy as np
+
+from dualformer_jax import errors
+from dualformer_jax.input_pipeline import frame_sampling, video_container
+from dualformer_jax.input_pipeline.video_reader import (
+  Source,
+  Transform,
+  VideoError,
+  VideoReader,
+)
+
+Video = Source | UInt8[np.ndarray, 't h w 3']
+Box = tuple[int, int, int, int]  # top, left, height, width
+
+# Of a random crop: its share of the frame's area, and width over height.
+_MIN_AREA = 0.08
+_MAX_ASPECT = 4 / 3
+_MAX_CROP_ATTEMPTS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+  """How clips are made of a video.
+
+  Attributes:
+    num_frames: frames in a clip.
+    frame_interval: distance between frames of a clip; dense sampling only.
+    image_size: height and width of a clip, in pixels.
+    sampling: 'dense' or 'uniform'; see frame_sampling.
+    pixel_mean: RGB in 0..255; subtracted on the device.
+    pixel_std: RGB; the difference is divided by it.
+    num_clips: clips per video in testing; 1 with uniform sampling.
+    num_crops: crops per clip in testing: 1 (the center) or 3.
+  """
+
+  num_frames: int
+  frame_interval: int
+  image_size: int
+  sampling: str = 'dense'
+  pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+  pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+  num_clips: int = 1
+  num_crops: int = 1
+
+  def __post_init__(self):
+    if self.sampling not in ('dense', 'uniform'):
+      raise errors.UserError(
+        f"sampling must be 'dense' or 'uniform', got {self.sampling!r}"
+      )
+    if self.num_crops not in (1, 3):
+      raise errors.UserError(f'num_crops must be 1 or 3, got {self.num_crops}')
+    if self.sampling == 'uniform' and self.num_clips != 1:
+      raise errors.UserError(
+        f'num_clips must be 1 with uniform sampling, got {self.num_clips}'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipLocation:
+  """The part of a video that a clip shows.
+
+  Attributes:
+    frame_indices: of the clip's frames. Where a short video is looped, they
+      continue past its last frame.
+    box: top, left, height and width of the crop, as fractions of the frame.
+  """
+
+  frame_indices: Int[np.ndarray, ' t']
+  box: tuple[float, float, float, float]
+
+
+def eval_views(
+  video: Video,
+  preprocessing: Preprocessing,
+  *,
+  short_side: int | None = None,
+) -> UInt8[np.ndarray, 'views frames size size 3']:
+  """Returns all views of a video for validation, testing and prediction.
+
+  Args:
+    video: the file's content, its path, or its RGB frames.
+    preprocessing: number and size of the views.
+    short_side: size of the frames' short side before cropping; `image_size` by
+      default.
+
+  Returns:
+    RGB, all clips of the first crop in temporal order, then of the next crop.
+
+  Raises:
+    VideoError: the video cannot be decoded, or has no frames.
+  """
+  p = preprocessing
+  short_side = p.image_size if short_side is None else short_side
+  with _open(video) as reader:
+    indices = eval_frame_indices(p, len(reader))
+    transform = functools.partial(resize_short_side, size=short_side)
+    frames = reader.get_frames(indices, transform)
+  if p.num_crops == 3:
+    crops = three_crops(frames, p.image_size)
+  else:
+    crops = center_crop(frames, p.image_size)[None]
+  return crops.reshape(-1, p.num_frames, p.image_size, p.image_size, 3)
+
+
+def train_clips(
+  video: Video,
+  preprocessing: Preprocessing,
+  rngs: Sequence[np.random.Generator],
+  *,
+  short_side: int = 256,
+  random_crop: bool = True,
+) -> tuple[UInt8[np.ndarray, 'clips frames size size 3'], list[ClipLocation]]:
+  """Draws random clips of a video, each with one random crop for its frames.
+
+  The frames of all clips are decoded together. Flips are left to the device.
+
+  Args:
+    video: the file's content, its path, or its RGB frames.
+    preprocessing: frames, interval and size; clips and crops are not used.
+    rngs: one for each clip; draws its frames and its crop.
+    short_side: size of the frames' short side before cropping.
+    random_crop: False takes the center crop.
+
+  Returns:
+    The clips, RGB, and where in the video each of them is.
+
+  Raises:
+    VideoError: the video cannot be decoded, or has no frames.
+  """
+  p = preprocessing
+  with _open(video) as reader:
+    indices = [train_frame_indices(p, len(reader), rng) for rng in rngs]
+    transform = functools.partial(resize_short_side, size=short_side)
+    frames = reader.get_frames(np.concatenate(indices), transform)
+  height, width = frames.shape[1:3]
+  clips, locations = [], []
+  for clip, clip_indices, rng in zip(
+    np.split(frames, len(rngs)), indices, rngs, strict=True
+  ):
+    if random_crop:
+      box = _random_box(clip, rng)
+    else:
+      box = _center_box(clip, p.image_size)
+    clips.append(resize(_crop(clip, box), p.image_size, p.image_size))
+    if p.sampling == 'dense':  # Undoes looping.
+      offsets = np.arange(p.num_frames) * p.frame_interval
+      clip_indices = clip_indices[0] + offsets
+    fractions = np.divide(box, (height, width, height, width))
+    locations.append(ClipLocation(clip_indices, tuple(fractions.tolist())))
+  return np.stack(clips), locations
+
+
+def train_frame_indices(
+  preprocessing: Preprocessing, total: int, rng: np.random.Generator
+) -> Int[np.ndarray, ' t']:
+  """Draws the frames of a training clip of a video with `total` frames."""
+  p = preprocessing
+  if p.sampling == 'uniform':
+    return frame_sampling.uniform_train_frames(total, p.num_frames, rng)
+  return frame_sampling.train_frames(total, p.num_frames, p.frame_interval, rng)
+
+
+def eval_frame_indices(
+  preprocessing: Preprocessing, total: int
+) -> Int[np.ndarray, ' t']:
+  """Returns the frames of all test clips of a video, one clip after another."""
+  p = preprocessing
+  if p.sampling == 'uniform':
+    indices = frame_sampling.uniform_eval_frames(total, p.num_frames)
+  else:
+    indices = frame_sampling.eval_frames(
+      total, p.num_frames, p.frame_interval, p.num_clips
+    )
+  return indices.ravel()
+
+
+def resize(
+  frames: UInt8[np.ndarray, '*t h w 3'], height: int, width: int
+) -> UInt8[np.ndarray, '*t h2 w2 3']:
+  """Resizes frames (bilinear, without antialiasing)."""
+  *times, old_height, old_width, _ = frames.shape
+  if (old_height, old_width) == (height, width):
+    return frames
+  resized = np.empty((*times, height, width, 3), np.uint8)
+  for index in np.ndindex(*times):
+    cv2.resize(
+      frames[index],
+      (width, height),
+      resized[index],
+      interpolation=cv2.INTER_LINEAR,
+    )
+  return resized
+
+
+def resize_short_side(
+  frames: UInt8[np.ndarray, '*t h w 3'], size: int
+) -> UInt8[np.ndarray, '*t h2 w2 3']:
+  """Resizes frames, keeping their aspect ratio, to a short side of `size`.
+
+  Raises:
+    VideoError: the frames are so narrow that the long side would be huge.
+  """
+  height, width = frames.shape[-3:-1]
+  scale = size / min(height, width)
+  new_height, new_width = int(height * scale + 0.5), int(width * scale + 0.5)
+  if new_height * new_width > video_container.MAX_PIXELS:
+    raise VideoError(
+      f'has frames of {width}x{height} pixels, which are too narrow to be'
+      f' resized to a short side of {size}'
+    )
+  return resize(frames, new_height, new_width)
+
+
+def center_crop(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, 't size size 3']:
+  """Returns the center square.
+
+  Raises:
+    ValueError: the frames are smaller than `size`.
+  """
+  return _crop(frames, _center_box(frames, size))
+
+
+def three_crops(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int
+) -> UInt8[np.ndarray, '3 t size size 3']:
+  """Returns the left, right and center squares (top, bottom, center).
+
+  The second offset is twice that of the center, as in the published
+  implementation: one pixel from the border where the margin is odd.
+
+  Raises:
+    ValueError: the frames are smaller than `size`.
+  """
+  height, width = frames.shape[1:3]
+  top, left, _, _ = _center_box(frames, size)
+  if width >= height:
+    corners = [(top, 0), (top, 2 * left), (top, left)]
+  else:
+    corners = [(0, left), (2 * top, left), (top, left)]
+  return np.stack([_crop(frames, (y, x, size, size)) for y, x in corners])
+
+
+def random_resized_crop(
+  frames: UInt8[np.ndarray, 't h w 3'], size: int, rng: np.random.Generator
+) -> UInt8[np.ndarray, 't size size 3']:
+  """Crops a box of random area and aspect ratio, and resizes it to a square.
+
+  The area is uniform in 0.08..1 of the frame's, the aspect ratio log-uniform
+  in 3/4..4/3. After ten draws that do not fit, the center square is taken
+  (Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842).
+  """
+  return resize(_crop(frames, _random_box(frames, rng)), size, size)
+
+
+def _random_box(
+  frames: UInt8[np.ndarray, 't h w 3'], rng: np.random.Generator
+) -> Box:
+  height, width = frames.shape[1:3]
+  for _ in range(_MAX_CROP_ATTEMPTS):
+    area = rng.uniform(_MIN_AREA, 1.0) * height * width
+    aspect = _MAX_ASPECT ** rng.uniform(-1.0, 1.0)
+    crop_width = round(math.sqrt(area * aspect))
+    crop_height = round(math.sqrt(area / aspect))
+    if 0 < crop_width <= width and 0 < crop_height <= height:
+      top = int(rng.integers(height - crop_height, endpoint=True))
+      left = int(rng.integers(width - crop_width, endpoint=True))
+      return top, left, crop_height, crop_width
+  side = min(height, width)
+  return (height - side) // 2, (width - side) // 2, side, side
+
+
+def _center_box(frames: UInt8[np.ndarray, 't h w 3'], size: int) -> Box:
+  height, width = frames.shape[1:3]
+  if min(height, width) < size:
+    raise ValueError(
+      f'frames of {width}x{height} pixels are smaller than the crop of {size}'
+    )
+  return (height - size) // 2, (width - size) // 2, size, size
+
+
+def _crop(
+  frames: UInt8[np.ndarray, 't h w 3'], box: Box
+) -> UInt8[np.ndarray, 't h2 w2 3']:
+  top, left, height, width = box
+  return frames[:, top : top + height, left : left + width]
+
+
+@dataclasses.dataclass(frozen=True)
+class _FramesInMemory:
+  """Frames with the methods of VideoReader that are used here."""
+
+  frames: UInt8[np.ndarray, 't h w 3']
+
+  def __len__(self) -> int:
+    return len(self.frames)
+
+  def get_frames(
+    self, indices: Int[np.ndarray, ' n'], transform: Transform
+  ) -> UInt8[np.ndarray, 'n h2 w2 3']:
+    return np.stack([transform(self.frames[index]) for index in indices])
+
+
+@contextlib.contextmanager
+def _open(video: Video) -> Iterator[VideoReader | _FramesInMemory]:
+  if isinstance(video, np.ndarray):
+    if not video.size:
+      raise VideoError('has no frames')
+    yield _FramesInMemory(video)
+  else:
+    with VideoReader(video) as reader:
+      yield reader

@@ -1,0 +1,308 @@
+"""RGB frames of video files, by index or in order.
+
+A frame's index is its position in a decode from the first frame to the last;
+all functions here agree on it exactly. Frames are oriented for display.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Generator, Iterator, Sequence
+import contextlib
+import functools
+import math
+from typing import Any
+
+import av
+import cv2
+from jaxtyping import Float64, UInt8
+import numpy as np
+
+from dualformer_jax.input_pipeline.video_container import (
+  FAILURES,
+  FrameIndex,
+  Source,
+  VideoContainer,
+)
+from dualformer_jax.input_pipeline.video_container import (
+  VideoError as VideoError,
+)
+
+Frame = UInt8[np.ndarray, 'h w 3']
+Transform = Callable[[Frame], UInt8[np.ndarray, 'h2 w2 3']]
+
+# Decoding up to this many unwanted frames is faster than another seek.
+_MAX_SKIPPED = 8
+_DEFAULT_FPS = 25.0
+MAX_FPS = 1000.0
+
+
+class VideoReader:
+  """Reads frames of a video file; use it as a context manager.
+
+  Example:
+    with VideoReader('video.mp4') as reader:
+      frames = reader.get_frames(range(0, len(reader), 10))
+
+  Where the file changes its frame size, all frames are resized to the size in
+  its header.
+  """
+
+  def __init__(self, source: Source):
+    """Opens a video.
+
+    Args:
+      source: the file's content, or its path.
+
+    Raises:
+      VideoError: the file cannot be opened, or has no video.
+    """
+    self._source = source
+    self._container = VideoContainer(source)
+    self._oriented: Any = None  # A decoded JPEG file; see _jpeg_to_rgb.
+
+  def __enter__(self) -> VideoReader:
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    self._container.close()
+
+  @property
+  def fps(self) -> float:
+    """Average frames per second in the header; 25 if it has none."""
+    stream = self._container.stream
+    rate = float(stream.average_rate or stream.guessed_rate or 0)
+    return rate if 0.0 < rate <= MAX_FPS else _DEFAULT_FPS
+
+  @property
+  def duration(self) -> float | None:
+    """Seconds in the header; None if it has none."""
+    length = self._container.av.duration
+    return length / av.time_base if length and length > 0 else None
+
+  @functools.cached_property
+  def size(self) -> tuple[int, int]:
+    """Height and width of a displayed frame, in pixels."""
+    frame = next(iter(self))
+    return frame.shape[0], frame.shape[1]
+
+  @functools.cached_property
+  def frame_times(self) -> Float64[np.ndarray, ' num_frames']:
+    """Presentation time of each frame, in seconds after the first frame.
+
+    Comes from the index of an MP4 file. Other files are decoded once; those
+    without times get equal steps of 1 / fps.
+
+    Raises:
+      VideoError: the video cannot be read, or has no frames.
+    """
+    if self._index is not None:
+      times = np.array(self._index.times, np.float64)
+      times *= float(self._container.stream.time_base or 1)
+    else:
+      times = np.array([time for time, _ in self._pictures()])
+    self._check_index(0, len(times))
+    return times - times[0]
+
+  def __len__(self) -> int:
+    """Number of frames; see frame_times."""
+    return len(self.frame_times)
+
+  def __iter__(self) -> Iterator[Frame]:
+    return (frame for _, frame in self.iter_timed())
+
+  def iter_timed(
+    self, start: float = 0.0, end: float = math.inf
+  ) -> Iterator[tuple[float, Frame]]:
+    """Yields times, as of frame_times, and RGB frames, in order.
+
+    Holds one frame at a time. Opens the file separately, so that iterators are
+    independent of each other and of the reader.
+
+    Args:
+      start: time of the first frame to yield, in seconds after the video's
+        first frame.
+      end: time before which the frames are shown, likewise.
+
+    Raises:
+      VideoError: while iterating, where the video cannot be decoded; there is
+        no frame in the time range; or a range is given and the file has no
+        frame times.
+    """
+    count = 0
+    for time, picture in self._pictures(start, end):
+      yield time, self._to_rgb(picture)
+      count += 1
+    if not count and (start > 0.0 or end < math.inf):
+      raise self._container.error(
+        f'has no frame between {start:g} s and {end:g} s'
+      )
+    self._check_index(0, count)
+
+  def get_frames(
+    self,
+    indices: Sequence[int] | np.ndarray,
+    transform: Transform = lambda frame: frame,
+  ) -> UInt8[np.ndarray, 't h w 3']:
+    """Returns the frames of the given indices, RGB.
+
+    In MP4 files, decoding starts at the last keyframe before a frame. Seeking
+    in other formats is not exact, so they are decoded from their start.
+
+    Args:
+      indices: of frames, from 0; in any order, with repetitions.
+      transform: applied once to each frame as it is decoded (a resize, a
+        crop), so that only the results are held in memory.
+
+    Raises:
+      VideoError: the video cannot be decoded, or has no such frame.
+      ValueError: an index is negative, or there are no indices.
+    """
+    wanted = [int(index) for index in indices]
+    if not wanted or min(wanted) < 0:
+      raise ValueError(f'expected indices of 0 or more, got {wanted}')
+    frames = None
+    if self._index is not None:
+      self._check_index(max(wanted), len(self._index.times))
+      frames = self._decode_by_seeking(self._index, wanted, transform)
+    if frames is None:
+      frames = self._decode_by_counting(set(wanted), transform)
+    return np.stack([frames[index] for index in wanted])
+
+  @functools.cached_property
+  def _index(self) -> FrameIndex | None:
+    return self._container.frame_index()
+
+  def _pictures(
+    self, start: float = 0.0, end: float = math.inf
+  ) -> Generator[tuple[float, av.VideoFrame], None, None]:
+    """Decodes, independently of other reads from the file."""
+    with VideoContainer(self._source) as container:
+      yield from container.decode_between(start, end, 1 / self.fps)
+
+  def _check_index(self, index: int, count: int) -> None:
+    if not count:
+      raise self._container.error('has no frames')
+    if index >= count:
+      raise self._container.error(
+        f'has {count} frames, but frame {index} was requested'
+      )
+
+  def _to_rgb(self, picture: av.VideoFrame) -> Frame:
+    height, width = self._container.size
+    try:
+      # By default the conversion starts threads, and is slower.
+      rgb = picture.to_ndarray(
+        format='rgb24', height=height, width=width, threads=1
+      )
+    except FAILURES as error:
+      raise self._container.error(
+        'cannot be converted to RGB', error
+      ) from error
+    return _orient(rgb, picture)
+
+  def _decode_by_counting(
+    self, wanted: set[int], transform: Transform
+  ) -> dict[int, Frame]:
+    """Decodes from the start and counts frames."""
+    frames: dict[int, Frame] = {}
+    count = 0
+    with contextlib.closing(self._pictures()) as pictures:
+      for count, (_, picture) in enumerate(pictures, 1):
+        if count - 1 in wanted:
+          frames[count - 1] = transform(self._to_rgb(picture))
+          if len(frames) == len(wanted):
+            return frames
+    self._check_index(max(wanted), count)
+    return frames
+
+  def _decode_by_seeking(
+    self, index: FrameIndex, wanted: list[int], transform: Transform
+  ) -> dict[int, Frame] | None:
+    """Decodes from keyframes and identifies frames by their times.
+
+    Returns None where the file does not match its index.
+    """
+    container = self._container
+    is_jpeg = container.stream.codec_context.name == 'mjpeg'
+    index_at = {time: i for i, time in enumerate(index.times)}
+    frames: dict[int, Frame] = {}
+    pending = collections.deque(sorted(set(wanted)))
+    while pending:
+      # Frames decoded after one seek.
+      run = [pending.popleft()]
+      while (
+        pending and index.keyframe_before(pending[0]) - run[-1] <= _MAX_SKIPPED
+      ):
+        run.append(pending.popleft())
+      try:
+        keyframe = index.keyframe_before(run[0])
+        container.av.seek(index.times[keyframe], stream=container.stream)
+      except FAILURES:
+        return None
+      missing = set(run)
+      for item in container.packets() if is_jpeg else container.decode():
+        i = None if item.pts is None else index_at.get(item.pts)
+        if i is None or item.is_corrupt:
+          return None
+        if i in missing:
+          if isinstance(item, av.Packet):
+            rgb = self._jpeg_to_rgb(item)
+          else:
+            rgb = self._to_rgb(item)
+          if rgb is None:
+            return None
+          frames[i] = transform(rgb)
+          missing.remove(i)
+        if i >= run[-1]:
+          break
+      if missing:
+        return None
+    return frames
+
+  def _jpeg_to_rgb(self, packet: av.Packet) -> Frame | None:
+    """Decodes a JPEG file with OpenCV; returns None if it is not one.
+
+    OpenCV gives the pixels that readers of folders of JPEG files get.
+    """
+    try:
+      content = np.frombuffer(bytes(packet), np.uint8)
+      flags = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+      bgr = cv2.imdecode(content, flags)
+      if self._oriented is None:
+        # FFmpeg decodes one frame for the orientation of all.
+        [self._oriented] = packet.decode()
+    except (*FAILURES, cv2.error):
+      return None
+    if bgr is None or bgr.shape[:2] != self._container.size:
+      return None
+    return _orient(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), self._oriented)
+
+
+def _orient(
+  frame: Frame, picture: av.VideoFrame
+) -> UInt8[np.ndarray, 'h2 w2 3']:
+  """Turns and mirrors a frame as the file says for its picture.
+
+  The file has a matrix that maps stored to displayed coordinates: x a + y c and
+  x b + y d. One that is not a multiple of right angles and flips is ignored.
+  """
+  try:
+    data: Any = picture.side_data.get('DISPLAYMATRIX')
+  except ValueError:  # PyAV 18 does not know EXIF data, only its rotation.
+    turns = round(picture.rotation / 90) % 4  # To the left.
+    return np.ascontiguousarray(np.rot90(frame, turns))
+  if data is None:
+    return frame
+  a, b, _, c, d, *_ = np.frombuffer(data, np.int32).tolist()
+  near_zero = max(map(abs, (a, b, c, d))) / 1000
+  match [abs(number) <= near_zero for number in (a, b, c, d)]:
+    case [False, True, True, False]:
+      x_sign, y_sign = a, d
+    case [True, False, False, True]:
+      frame = frame.transpose(1, 0, 2)
+      x_sign, y_sign = c, b
+    case _:
+      return frame
+  oriented = frame[:: 1 if y_sign > 0 else -1, :: 1 if x_sign > 0 else -1]
+  return np.ascontiguousarray(oriented)

@@ -1,0 +1,95 @@
+"""The first half of a block as one operation, where a platform has a kernel."""
+
+from collections.abc import Callable, Sequence
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dualformer_jax.kernels import attention_branch_tpu
+from dualformer_jax.kernels.dispatch import (
+  Compute,
+  clips_per_device,
+  run_per_device,
+)
+from dualformer_jax.kernels.mlp import Weights
+
+Size = tuple[int, int, int]
+# (x, branch_scale, norm, projections, proj, keys) -> tokens. `projections` are
+# weights of the linear layers of queries and, in windows, keys and values.
+# `keys` are keys and values [b, m, c] without windows, otherwise empty.
+Branch = Callable[..., Float[Array, 'b d h w c']]
+
+
+def find_branch(
+  shape: Sequence[int],
+  num_heads: int,
+  compute: Compute,
+  window: Size | None = None,
+  num_keys: int = 0,
+) -> Branch | None:
+  """Returns x + branch_scale * proj(attention(norm(x))) as one operation.
+
+  Returns None if there is none for the platform, the dtype or the sizes. Then
+  call one operation after the other.
+
+  Args:
+    shape: clips, frames, rows, columns and channels of x.
+    num_heads: attention heads.
+    compute: dtype and selection of kernels.
+    window: frames, rows and columns of a window, whose tokens are also its
+      keys, or None.
+    num_keys: keys of a clip without windows.
+  """
+  find = compute.choose(_none, tpu=_find_pallas)
+  return find(shape, num_heads, compute, window, num_keys)
+
+
+def _none(*_) -> None:
+  return None
+
+
+def _find_pallas(
+  shape: Sequence[int],
+  num_heads: int,
+  compute: Compute,
+  window: Size | None,
+  num_keys: int,
+) -> Branch | None:
+  """The kernel of attention_branch_tpu, on each device for its clips."""
+  batch, d, h, w, channels = shape
+  head = channels // num_heads
+  blocks = attention_branch_tpu.blocks(
+    clips_per_device(batch), (d, h, w), channels, head, window, num_keys
+  )
+  if compute.dtype != 'bfloat16' or blocks is None:
+    return None
+
+  def branch(
+    x: Float[Array, 'b d h w c'],
+    branch_scale: Float[Array, 'b'] | None,
+    norm: Weights,
+    projections: Sequence[Weights],
+    proj: Weights,
+    keys: Sequence[Float[Array, 'b m c']] = (),
+  ) -> Float[Array, 'b d h w c']:
+    if branch_scale is None:
+      branch_scale = jnp.ones(batch)
+    matrices, biases = zip(*projections, proj, strict=True)
+
+    def run(x, branch_scale, keys, vectors, matrices):
+      tokens = x.reshape(len(x), math.prod(x.shape[1:4]), channels)
+      out = attention_branch_tpu.attention_branch(
+        tokens, branch_scale, keys, vectors, matrices, blocks, head
+      )
+      return out.reshape(x.shape)
+
+    with jax.named_scope('attn'):
+      return run_per_device(
+        run,
+        (x.astype(compute.dtype), branch_scale, tuple(keys)),
+        ((*norm, *biases), matrices),
+      )
+
+  return branch

@@ -1,0 +1,1 @@
+"""Compiles training steps ahead of time and counts what they need."""

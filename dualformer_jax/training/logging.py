@@ -1,0 +1,176 @@
+"""Timing and logging of training steps."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import re
+import struct
+import time
+from typing import Any
+
+import jax
+
+from dualformer_jax.errors import UserError
+from dualformer_jax.evaluation.curves import METRICS_FILE, read_metrics
+from dualformer_jax.files import atomic_write, output_file
+from dualformer_jax.models.dualformer import DualFormer
+
+_LOG = logging.getLogger(__name__)
+
+
+class StepTimer:
+  """Measures the time of a step, and the share of it spent on input."""
+
+  def __init__(self, step: int):
+    self.restart(step)
+
+  def restart(self, step: int) -> None:
+    """Starts a new interval at a step."""
+    self.step = step
+    self._start = time.monotonic()
+    self._waited = 0.0
+
+  def wait_for(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    """Returns the next batch, and counts the time as waiting for input."""
+    start = time.monotonic()
+    batch = next(batches)
+    self._waited += time.monotonic() - start
+    return batch
+
+  def measure(self, step: int) -> tuple[float, float]:
+    """Starts a new interval; returns seconds per step and share of waiting."""
+    seconds = time.monotonic() - self._start
+    result = seconds / (step - self.step), self._waited / seconds
+    self.restart(step)
+    return result
+
+
+class MetricWriter:
+  """Writes metrics to METRICS_FILE and, if TensorFlow is there, TensorBoard.
+
+  Only process 0 writes. A run that resumes first removes what it will
+  write again. All methods raise UserError if a file cannot be written.
+  """
+
+  def __init__(self, workdir: pathlib.Path, step: int):
+    """Opens the files of a run that is at a step."""
+    self._workdir = workdir
+    self._writer: Any = None
+    self._path = None
+    if jax.process_index():
+      return
+    self._path = workdir / METRICS_FILE
+    kept = [
+      json.dumps({'step': at, **metrics}) + '\n'
+      for at, metrics in read_metrics(workdir)
+      if not all(_is_repeated(name, at, step) for name in metrics)
+    ]
+    with output_file(self._path) as file:
+      file.write(''.join(kept).encode())
+    # TensorFlow's C++ code logs errors that it raises, and processors.
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+    try:
+      from clu import metric_writers
+    except ImportError as error:
+      _LOG.warning(
+        'metrics are logged here only, not to TensorBoard (%s); for that, '
+        "pip install -e '.[prepare]'",
+        error,
+      )
+    else:
+      with self._writing():
+        for path in workdir.glob('events.out.tfevents.*'):
+          _remove_events(path, step)
+        self._writer = metric_writers.SummaryWriter(str(workdir))
+
+  def write(self, step: int, prefix: str, metrics: Mapping[str, float]) -> None:
+    """Writes metrics as PREFIX/NAME."""
+    scalars = {f'{prefix}/{name}': value for name, value in metrics.items()}
+    if self._path is not None:
+      with self._writing(), self._path.open('a') as file:
+        file.write(json.dumps({'step': step, **scalars}) + '\n')
+    if self._writer is not None:
+      with self._writing():
+        self._writer.write_scalars(step, scalars)
+
+  def write_text(self, step: int, name: str, text: str) -> None:
+    """Writes a text to TensorBoard."""
+    if self._writer is not None:
+      with self._writing():
+        self._writer.write_texts(step, {name: text})
+
+  def flush(self) -> None:
+    """Writes what is buffered."""
+    if self._writer is not None:
+      with self._writing():
+        self._writer.flush()
+
+  def close(self) -> None:
+    """Writes what is buffered, and closes the file."""
+    if self._writer is not None:
+      with self._writing():
+        self._writer.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    try:
+      yield
+    except Exception as error:
+      if not isinstance(error, OSError) and not hasattr(error, 'error_code'):
+        raise  # neither of the system nor of TensorFlow
+      # It names the file before the reason, and lists the consequences after.
+      found = re.search(r'; ([^\n]+)', str(error))
+      reason = found[1] if found else getattr(error, 'strerror', None) or error
+      raise UserError(
+        f'metrics in {self._workdir} cannot be written: {reason}'
+      ) from error
+
+
+def _is_repeated(name: str, at: int, step: int) -> bool:
+  """Returns whether a run that resumes after `step` writes a metric again."""
+  kind = name.partition('/')[0]
+  # It may validate this step, and it always tests.
+  is_first = at == step and kind in ('config', 'validation')
+  return at > step or kind == 'test' or is_first
+
+
+def _remove_events(path: pathlib.Path, step: int) -> None:
+  """Removes what a run that resumes after `step` writes to TensorBoard again.
+
+  The file has TFRecords: the length, its checksum, an Event, and its checksum.
+  """
+  from tensorboard.compat.proto import event_pb2
+
+  parse = vars(event_pb2)['Event'].FromString  # unknown to type checkers
+  content, kept, start = path.read_bytes(), [], 0
+  while start + 12 <= len(content):
+    (length,) = struct.unpack_from('<Q', content, start)
+    record = content[start : start + length + 16]
+    start += len(record)
+    if len(record) < length + 16:
+      break  # the process was killed
+    event = parse(record[12:-4])
+    names = [value.tag for value in event.summary.value]
+    if not names or not all(_is_repeated(n, event.step, step) for n in names):
+      kept.append(record)
+  if len(content) != sum(map(len, kept)):
+    with atomic_write(path) as file:
+      file.writelines(kept)
+
+
+def compile_time(model: DualFormer) -> str:
+  """Returns roughly how long the training step of a model compiles.
+
+  The time is in proportion to the blocks; it is that of two CPU cores.
+  """
+  seconds = 10 + 5 * sum(model.depths)
+  rounded = f'{seconds} s' if seconds < 90 else f'{round(seconds / 60)} min'
+  return f'about {rounded}, or seconds if it is in the compilation cache'
+
+
+def format_metrics(metrics: Mapping[str, float]) -> str:
+  """Returns 'NAME VALUE  NAME VALUE ...'."""
+  return '  '.join(f'{name} {value:.4g}' for name, value in metrics.items())

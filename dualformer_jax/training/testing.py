@@ -1,0 +1,172 @@
+"""Testing: scores the test split with all views, and writes the report."""
+
+import copy
+import datetime
+import logging
+import os
+import pathlib
+import time
+from typing import Any
+
+import jax
+
+from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax.distributed import sharding
+from dualformer_jax.errors import UserError
+from dualformer_jax.evaluation import forward, metrics, scoring
+from dualformer_jax.evaluation import report as reports
+from dualformer_jax.evaluation import result as results
+from dualformer_jax.files import check_writable
+from dualformer_jax.models import flops
+from dualformer_jax.training import config_check, setup
+from dualformer_jax.training.logging import format_metrics
+
+_LOG = logging.getLogger(__name__)
+
+
+def make_scorer(
+  config: setup.Config, model: Any, mesh: jax.sharding.Mesh
+) -> scoring.Scorer:
+  """Returns the scorer of a model with the normalization of a config."""
+  p = setup.make_preprocessing(config)
+  return scoring.Scorer(
+    forward.make_eval_step(model, p.pixel_mean, p.pixel_std, mesh),
+    mesh,
+    clips_per_batch=config.batch_size,
+    num_threads=config.dataset.num_threads,
+  )
+
+
+def find_checkpoint(
+  config: setup.Config, path: str | os.PathLike[str]
+) -> pathlib.Path:
+  """Returns the checkpoint to test, as checkpoint.find.
+
+  For a workdir it is the best one if config.test.checkpoint is 'best' or early
+  stopping is on, else the latest.
+  """
+  if config.test.checkpoint == 'best' or config.validation.patience:
+    best = pathlib.Path(path).expanduser().absolute() / checkpoint.BEST
+    if folder := checkpoint.latest_of(best):
+      return folder
+  return checkpoint.find(path)
+
+
+def test(
+  config: setup.Config,
+  workdir: str | os.PathLike[str],
+  compare: str = '',
+  *,
+  folder: pathlib.Path | None = None,
+  start: float | None = None,
+) -> dict[str, Any]:
+  """Tests a checkpoint, writes the report and returns it.
+
+  Model and preprocessing are those of the checkpoint, videos and views those of
+  the config. report.json, report.html and views.npz are written to the workdir.
+
+  Args:
+    config: Config of the dataset and the views.
+    workdir: Folder of the report.
+    compare: Another workdir, or its report.json, to compare with. If it is of
+      other videos, UserError is raised after the report is written.
+    folder: Checkpoint; by default that of the workdir, or of config.init_from
+      if the workdir has none.
+    start: When the run began, by time.monotonic.
+  """
+  config_check.check(config)
+  start = start or time.monotonic()
+  workdir = pathlib.Path(workdir).expanduser().absolute()
+  if folder is None:
+    is_trained = checkpoint.latest_of(workdir / checkpoint.LATEST) is not None
+    folder = find_checkpoint(
+      config, workdir if is_trained else config.init_from or workdir
+    )
+  check_writable(workdir / 'report.json')
+  data = setup.open_split(config, config.dataset.test_split)
+  variables, metadata = setup.load_model(folder, data)
+  # Read before the videos are scored, which can take hours.
+  other = results.read(compare, data.class_names) if compare else None
+  saved = metadata.preprocessing
+  config = copy.deepcopy(config)
+  with config.unlocked():
+    config.model.update(metadata.model)
+  config.dataset.update(
+    frame_interval=saved.frame_interval,
+    sampling=saved.sampling,
+    pixel_mean=saved.pixel_mean,
+    pixel_std=saved.pixel_std,
+  )
+  mesh = sharding.make_mesh(config.mesh.to_dict(), config.batch_size)
+  jax.set_mesh(mesh)
+  model: Any = metadata.build_model(dtype=config.model.dtype)
+  variables = sharding.put_tree(
+    variables, sharding.tree_shardings(variables, mesh)
+  )
+  p = setup.make_preprocessing(config, config.test)
+  views = {'num_clips': p.num_clips, 'num_crops': p.num_crops}
+  in_words = setup.describe_views(p, p.image_size)
+  kind = 'best' if folder.parent.name == checkpoint.BEST else 'latest'
+  _LOG.info(
+    'testing the %s checkpoint, %s, on %d videos', kind, folder, len(data)
+  )
+  scorer = make_scorer(config, model, mesh)
+  scores = scoring.score_split(scorer, variables, data, p)
+  assert scores is not None
+  result = results.Result(
+    scores.logits,
+    scores.labels,
+    scores.video_ids,
+    data.class_names,
+    p.num_clips,
+    str(workdir),
+  )
+  summary = metrics.summary(
+    result.probabilities(), scores.labels, config.dataset.multi_label
+  )
+  rows = flops.count(model)
+  multiply_adds = sum(
+    row.multiply_adds for row in rows if row.part != flops.TOKEN_HEAD
+  )
+  report = {
+    **summary,
+    'num_videos': len(scores.labels),
+    'failed_videos': [
+      {'video': video, 'reason': reason} for video, reason in scores.failed
+    ],
+    'views': views,
+    **reports.details(result, multiply_adds / 1e9),
+    'checkpoint': str(folder),
+    'checkpoint_kind': kind,
+    'dataset': {
+      'folder': str(data.folder),
+      'split': data.split,
+      'fingerprint': data.read_report('fingerprint', data.fingerprint),
+    },
+    'config': config.to_dict(),
+    'time': {
+      'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
+      'seconds': round(time.monotonic() - start, 1),
+    },
+  }
+  mismatch = None
+  if other is not None:
+    try:
+      report['comparison'] = reports.compare(result, other)
+      _LOG.info('%s', report['comparison']['in_words'])
+    except UserError as error:
+      mismatch = error  # raised once the report is written
+  if jax.process_index() == 0:
+    reports.write(workdir, report, result, data, scores.indices)
+    _LOG.info(
+      'test of the %s checkpoint: %s  (%s) on %d videos, %d failed; report: %s',
+      kind,
+      format_metrics({n: v for n, v in report.items() if isinstance(v, float)}),
+      in_words,
+      len(scores.labels),
+      len(scores.failed),
+      workdir / 'report.json',
+    )
+  if mismatch is not None:
+    raise mismatch
+  return report
