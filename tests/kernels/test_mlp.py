@@ -199,6 +199,7 @@ def test_gpu_kernels_are_chosen(
     assert function(*arguments).dtype == dtype
 
 
+@pytest.mark.slow
 def test_sharded_branch_equals_one_device():
   errors = json.loads(eight_devices.run('sharded_mlp_branch'))
   assert len(errors) == len(NAMES)

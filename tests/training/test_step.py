@@ -194,6 +194,7 @@ def small_step(accumulation_steps, **fields):
   )
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_whole_batch():
   state, whole = small_step(1, head_dropout=0.0)
   _, parts = small_step(4, head_dropout=0.0)
@@ -277,10 +278,11 @@ def test_label_smoothing_agrees_with_numpy():
   np.testing.assert_allclose(actual, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_parameter_average_and_frozen_parameters():
   # A stage that is frozen, statistics included, and one that is not.
   fields = dict(
-    depths=(2, 2),
+    depths=(2, 1),
     embed_dims=(16, 32),
     num_heads=(2, 4),
     fine_sizes=((4, 4, 4), (4, 4, 4)),
@@ -289,7 +291,7 @@ def test_parameter_average_and_frozen_parameters():
   model = DualFormer(**{**SMALL, **fields})
   frozen = r'backbone/(patch_embeds|blocks)_0.*'
   optimizer = optimizers.make_optimizer(
-    jax.jit(lambda: init_state(model, optax.identity(), 0))().params,
+    jax.eval_shape(lambda: init_state(model, optax.identity(), 0)).params,
     0.01,
     0.1,
     common['get_config']().optimizer.multipliers,
@@ -340,4 +342,4 @@ def test_parameter_average_and_frozen_parameters():
       else:
         moves += not same
   assert stays > 30  # the statistics of the coarse level among them
-  assert moves > 30
+  assert moves > 20

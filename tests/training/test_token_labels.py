@@ -148,6 +148,7 @@ def test_teacher_is_constant_and_has_no_gradient():
   assert temporary(compiled) < temporary(plain) + temporary(alone) + size / 2
 
 
+@pytest.mark.slow
 def test_teacher_with_more_frames_sees_all_of_them():
   teacher = DualFormer(**ONE_BLOCK)
   student = DualFormer(**{**ONE_BLOCK, 'num_frames': 8}, **HEAD)
