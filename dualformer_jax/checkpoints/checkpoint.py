@@ -8,6 +8,7 @@ saving and hashing.
 from collections.abc import Iterator, Mapping
 from concurrent import futures
 import contextlib
+import functools
 import hashlib
 import os
 import pathlib
@@ -176,14 +177,24 @@ def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
 
   Raises UserError, which names `source`, if its fields are invalid.
   """
-  clips = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
+  hashable: Any = model  # type checkers do not know that it is
   try:
-    variables = jax.eval_shape(model.init, jax.random.key(0), clips)
+    variables = _init_shapes(hashable)
   except Exception as error:  # of many kinds, one for each field
     raise UserError(
       f'{source} describes no model ({type(error).__name__}: {error})'
     ) from error
-  return {name: variables.get(name, {}) for name in ('params', 'batch_stats')}
+  # A copy, as callers may change it.
+  return jax.tree.map(
+    lambda leaf: leaf,
+    {name: variables.get(name, {}) for name in ('params', 'batch_stats')},
+  )
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes a second
+def _init_shapes(model: DualFormer) -> dict[str, Any]:
+  clips = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
+  return dict(jax.eval_shape(model.init, jax.random.key(0), clips))
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:
