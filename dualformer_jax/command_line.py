@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import difflib
 import functools
+import io
 import logging
 import os
 import pathlib
@@ -51,6 +52,9 @@ def run(
   for name in ('stdout', 'stderr'):  # None if it is closed, as by >&-
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), 'w'))
+  # Names of files and classes may have characters that the terminal has not.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors='backslashreplace')
   stop_signals.install()
   if define_flags is not None:
     define_flags()

@@ -94,11 +94,11 @@ def _wait_for_signals():
 
 
 def _run(
-  *arguments: str, cwd: pathlib.Path | None = None
+  *arguments: str, cwd: pathlib.Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
   return subprocess.run(
     [sys.executable, __file__, *arguments],
-    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    env={**os.environ, 'PYTHONPATH': str(ROOT), **environment},
     cwd=cwd,
     capture_output=True,
     text=True,
@@ -234,6 +234,11 @@ def test_full_disk_is_reported_in_one_line():
   )
   assert (done.returncode, done.stdout) == (2, '')
   assert 'Traceback' not in done.stderr
+
+
+def test_characters_that_the_terminal_has_not_are_escaped():
+  done = _run('--src=café', PYTHONIOENCODING='ascii')
+  assert (done.stdout, done.returncode) == ('caf\\xe9\n', 0)
 
 
 def test_closed_output_is_no_error():
