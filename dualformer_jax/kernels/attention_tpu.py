@@ -23,13 +23,10 @@ _MAX_QUERIES = 512
 def fits(queries: int, channels: int, head: int) -> bool:
   """Returns whether `attention` supports arrays of these sizes."""
   return (
-    LANES % head == 0
-    and (channels % LANES == 0 or channels < LANES)
-    and _query_block(queries) > 0
+    LANES % head == 0 and channels % head == 0 and _query_block(queries) > 0
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def attention(
   q: Float[Array, 'g b l c'],
   k: Float[Array, 'g b m c'],
@@ -39,8 +36,18 @@ def attention(
 ) -> Float[Array, 'g b l c']:
   """Returns softmax(q k^T / sqrt(head)) v for each head; softmax in float32.
 
-  A block has all keys, so the backward pass needs only q, k and v.
+  A block has all keys, so the backward pass needs only q, k and v. Heads of
+  zeros fill the last 128 lanes.
   """
+  channels = q.shape[-1]
+  if channels > LANES and channels % LANES:
+    pad = (*[(0, 0)] * 3, (0, -channels % LANES))
+    q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
+  return _attention(q, k, v, head, interpret)[..., :channels]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _attention(q, k, v, head, interpret):
   return _attention_fwd(q, k, v, head, interpret)[0]
 
 
@@ -84,7 +91,7 @@ def _attention_bwd(head, interpret, residuals, dout):
   return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
 
-attention.defvjp(_attention_fwd, _attention_bwd)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 _ANY_ORDER = ('parallel',) * 4
 

@@ -37,7 +37,7 @@ def fits(batch: int, tokens: int, channels: int, hidden: int) -> bool:
   if not (batch and tiles_tpu.is_supported()):
     return False
   tiling = _tiling(batch, tokens, channels)
-  if tiling is None or channels % 64 or hidden % tiles_tpu.LANES:
+  if tiling is None or channels % 32 or hidden % tiles_tpu.LANES:
     return False
   # The backward pass, with two buffers of each operand and output.
   weights = 2 * hidden * channels * (2 * 2 + 2 * 4)

@@ -60,7 +60,9 @@ def assert_agrees(actual, expected, tolerance):
 
 
 @DTYPES
-@pytest.mark.parametrize('batch, tokens, channels', [(3, 48, 64), (16, 6, 128)])
+@pytest.mark.parametrize(
+  'batch, tokens, channels', [(3, 48, 64), (16, 6, 128), (8, 6, 96)]
+)
 def test_mlp_and_gradients(batch, tokens, channels, dtype):
   c, hidden = channels, 4 * channels
   x, dy = draw((batch, tokens, c), (batch, tokens, c), dtype=dtype)
