@@ -17,8 +17,8 @@ from tests import in_process, xla_flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
-# Compiles in half of the time; at 0, steps would take longer than it saves.
-UNOPTIMIZED = xla_flags.fast_compilation(1)
+# As scripts/test.sh has it, so that all share what is compiled.
+UNOPTIMIZED = xla_flags.fast_compilation(0)
 # configs/motion.py with little to compute: one stage with both kinds of
 # attention, and a coarse level with its BatchNorm.
 TINY = (

@@ -15,7 +15,7 @@ from tests import training_command
 
 FLAGS = (
   *training_command.TINY,
-  '--config.num_epochs=4',
+  '--config.num_epochs=3',
   '--config.validation.every_epochs=2',
   '--config.checkpoint.every_steps=5',
   '--config.log_every_steps=1',

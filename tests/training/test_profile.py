@@ -15,6 +15,7 @@ from tests import training_command
 def test_profile_prints_rates_and_a_verdict(motion_dataset, tmp_path):
   done = training_command.run_here(
     *training_command.TINY,
+    '--config.num_epochs=3',  # those of test_main.py, to compile once
     '--mode=profile',
     f'--config.dataset.data_dir={motion_dataset}',
     workdir=tmp_path / 'run',
