@@ -48,6 +48,7 @@ def _run(folder, run_command):
   return functools.partial(run_command, gradcam, f'--checkpoint={folder}')
 
 
+@pytest.mark.slow
 def test_gif_shows_gradcam_of_the_middle_view(run, model, video, tmp_path):
   out = tmp_path / 'new' / 'folder' / 'map.gif'
   flags = ('--layer=blocks_0_0', '--opacity=1', '--colormap=bone')

@@ -192,6 +192,7 @@ def test_cover_is_where_the_shape_is(label):
       )
 
 
+@pytest.mark.slow
 def test_command_builds_videos_of_every_class(motion_dataset):
   names = set()
   contents = set()

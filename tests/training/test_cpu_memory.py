@@ -33,6 +33,7 @@ def run(code: str, *arguments: str, **environment: str) -> str:
   ).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
   platform.libc_ver()[0] != 'glibc', reason='needs glibc, which has mallopt'
 )

@@ -213,6 +213,7 @@ def test_accumulation_equals_the_whole_batch():
   assert changed > 1e-3
 
 
+@pytest.mark.slow
 def test_randomness_depends_on_seed_and_step_alone():
   state, train_step = small_step(1, head_dropout=0.5, drop_path_rate=0.5)
   loss = {
