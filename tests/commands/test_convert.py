@@ -375,6 +375,7 @@ def test_byte_order_mark_is_not_part_of_a_class_name(tmp_path, pth):
   assert metadata.class_names == ('grüßen',) * 10
 
 
+@pytest.mark.slow
 def test_averages_and_safetensors_are_converted(tmp_path, weights):
   """Averages are half of the weights, under the names of Lightning."""
   path = tmp_path / 'model.safetensors'
@@ -417,6 +418,7 @@ def test_class_names_come_from_the_prepared_dataset(
     assert checkpoint.load_model(dst)[1].class_names == names
 
 
+@pytest.mark.slow
 def test_only_the_model_of_a_training_checkpoint_is_written(tmp_path):
   model = dualformer.DualFormer(
     depths=(1, 1, 1, 1),

@@ -53,6 +53,7 @@ def _run(run_command):
   return functools.partial(run_command, export)
 
 
+@pytest.mark.slow
 def test_export_on_a_tpu_is_for_all_platforms(folder, monkeypatch, tmp_path):
   recognizer = dualformer_jax.load(folder, dtype='bfloat16')
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')

@@ -149,6 +149,7 @@ def test_gpu_attention_without_cudnn_is_blocked(monkeypatch):
   assert_agrees(run, draw(3, 2, 24, 16, 64, 'bfloat16'), 2, 2**-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures('cudnn')
 def test_cudnn_attention_runs_once_forward_and_once_backward():
   fields = reference_arrays.MODELS['micro'] | {'num_heads': (1, 1, 2, 4)}

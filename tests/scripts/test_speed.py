@@ -27,6 +27,7 @@ def costs(model: DualFormer, stage: int) -> list[tuple[str, int, int]]:
   ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('variant', ['tiny', 'small', 'base'])
 def test_single_stage_costs_the_same_as_in_the_model(variant):
   whole = model(variant, stage=0)
