@@ -172,6 +172,7 @@ def test_last_checkpoints_are_kept_and_restored_exactly(tmp_path, state):
   _assert_same(loaded['params'], expected.params)
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_separate(tmp_path, state):
   best = checkpoint.Checkpoints(tmp_path / checkpoint.BEST)
   latest = checkpoint.Checkpoints(tmp_path / checkpoint.LATEST)

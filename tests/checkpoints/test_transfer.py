@@ -230,6 +230,7 @@ def test_other_classes_reinitialize_the_head(tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_other_frames_and_sizes_change_no_other_parameters(tmp_path):
   source = transfer.read(small_checkpoint.save(tmp_path / 'folder'))
   other = describe(

@@ -62,6 +62,7 @@ def test_export_on_a_tpu_is_for_all_platforms(folder, monkeypatch, tmp_path):
   assert (tmp_path / 'model.zip').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('videos', [1, 3])
 def test_program_agrees_with_recognizer(folder, exported, videos):
   recognizer = dualformer_jax.load(folder, dtype='float32')

@@ -283,6 +283,7 @@ def boxes(erased):
   return found
 
 
+@pytest.mark.slow
 def test_random_erasing_has_the_distribution_of_the_paper():
   shape = (600, 2, 64, 64)
   clips = np.full((*shape, 3), 200, np.uint8)
@@ -467,6 +468,7 @@ def batch_of(clips):
   }
 
 
+@pytest.mark.slow
 def test_all_frames_of_a_clip_are_augmented_alike():
   frames = random_clips(8, 1, 12, 14)
   batch = batch_of(np.repeat(frames, 3, axis=1))
