@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 from dualformer_jax.kernels import attention_branch_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
+  Size,
   clips_per_device,
   run_per_device,
 )
 from dualformer_jax.kernels.mlp import Weights
 
-Size = tuple[int, int, int]
 # (x, branch_scale, norm, projections, proj, keys) -> tokens. `projections` are
 # weights of the linear layers of queries and, in windows, keys and values.
 # `keys` are keys and values [b, m, c] without windows, otherwise empty.

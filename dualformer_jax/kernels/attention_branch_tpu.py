@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dualformer_jax.kernels import attention_tpu, tiles_tpu
+from dualformer_jax.kernels.dispatch import Size
 from dualformer_jax.kernels.layer_norm import normalize, normalize_backward
 from dualformer_jax.kernels.tiles_tpu import LANES, ROWS, Tiling, dot, whole
 
@@ -30,8 +31,8 @@ class Windows:
   """How a grid of programs divides tokens into windows."""
 
   batch: int
-  grid_size: tuple[int, int, int]
-  window: tuple[int, int, int]
+  grid_size: Size
+  window: Size
   channels: int
 
   @property
@@ -66,10 +67,10 @@ Blocks = Windows | Tiling
 
 def blocks(
   batch: int,
-  grid: tuple[int, int, int],
+  grid: Size,
   channels: int,
   head: int,
-  window: tuple[int, int, int] | None,
+  window: Size | None,
   keys: int = 0,
 ) -> Blocks | None:
   """Returns the blocks of tokens; None if devices or sizes are not supported.

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 T = TypeVar('T')
+# Frames, rows and columns of a grid, a window or a pooling kernel.
+Size = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float
 from dualformer_jax.kernels import norm_pool_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
+  Size,
   clips_per_device,
   run_per_device,
 )
 
-Size = tuple[int, int, int]
 # (x, norm, weights) -> x, levels
 NormPool = Callable[
   ..., tuple[Float[Array, 'b d h w c'], list[Float[Array, 'b _ _ _ c']]]

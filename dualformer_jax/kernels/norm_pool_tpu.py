@@ -12,10 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dualformer_jax.kernels import tiles_tpu
+from dualformer_jax.kernels.dispatch import Size
 from dualformer_jax.kernels.layer_norm import normalize, normalize_backward
 from dualformer_jax.kernels.tiles_tpu import ROWS, whole
-
-Size = tuple[int, int, int]
 
 
 def fits(

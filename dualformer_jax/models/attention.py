@@ -15,7 +15,7 @@ import numpy as np
 
 from dualformer_jax.kernels.attention import attention
 from dualformer_jax.kernels.attention_branch import Branch, find_branch
-from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.mlp import Weights
 from dualformer_jax.kernels.norm_pool import NormPool, find_norm_pool
 from dualformer_jax.models.layers import (
@@ -24,7 +24,6 @@ from dualformer_jax.models.layers import (
   LayerNorm,
   Linear,
   Projections,
-  Size,
 )
 
 # Queries, keys and values: groups, batch, tokens, channels.

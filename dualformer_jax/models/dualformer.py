@@ -9,7 +9,7 @@ import numpy as np
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.kernels import recompute
-from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.layer_norm import layer_norm
 from dualformer_jax.kernels.mlp import add_branch, mlp_branch
 from dualformer_jax.models.attention import (
@@ -22,7 +22,6 @@ from dualformer_jax.models.layers import (
   Mlp,
   PatchEmbedding,
   PositionalConvolution,
-  Size,
 )
 
 REMAT_MODES = ('none', 'elementwise', 'block')

@@ -9,14 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dualformer_jax.kernels.depthwise_conv import depthwise_conv
-from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.layer_norm import EPSILON, layer_norm
 from dualformer_jax.kernels.linear import linear
 from dualformer_jax.kernels.mlp import Weights
 from dualformer_jax.kernels.patches import patch_linear
 from dualformer_jax.kernels.pooling import pool
-
-Size = tuple[int, int, int]
 
 
 class LayerNorm(nn.Module):
