@@ -116,7 +116,7 @@ def _vmem_bytes(blocks: Blocks, keys: int) -> int:
   return weights + of_keys + block + clip + scores
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def attention_branch(
   x: Float[Array, 'b n c'],
   branch_scale: Float[Array, 'b'],
@@ -125,7 +125,6 @@ def attention_branch(
   matrices: tuple[Float[Array, 'c c'], ...],
   blocks: Blocks,
   head: int,
-  interpret: bool = False,
 ) -> Float[Array, 'b n c']:
   """Returns x + branch_scale * proj(attention(norm(x))).
 
@@ -140,13 +139,11 @@ def attention_branch(
     matrices: kernels of the same projections.
     blocks: from the function `blocks`.
     head: channels of a head.
-    interpret: whether to run on a CPU.
   """
-  operands = x, branch_scale, keys, vectors, matrices
-  return _fwd(*operands, blocks, head, interpret)[0]
+  return _fwd(x, branch_scale, keys, vectors, matrices, blocks, head)[0]
 
 
-def _fwd(x, branch_scale, keys, vectors, matrices, blocks, head, interpret):
+def _fwd(x, branch_scale, keys, vectors, matrices, blocks, head):
   operands = x, branch_scale, keys, vectors, matrices
   arrays, specs = _kernel_operands(blocks, *operands)
   out = pl.pallas_call(
@@ -158,13 +155,12 @@ def _fwd(x, branch_scale, keys, vectors, matrices, blocks, head, interpret):
     scratch_shapes=_scratch(blocks, x.dtype, 'xns'),
     cost_estimate=_cost(blocks, x, keys, head, len(matrices), 2),
     compiler_params=tiles_tpu.params(len(blocks.grid), in_order=False),
-    interpret=interpret,
     name='attention_branch',
   )(*arrays)
   return blocks.join(out), operands
 
 
-def _bwd(blocks, head, interpret, residuals, dy):
+def _bwd(blocks, head, residuals, dy):
   x, branch_scale, keys, vectors, matrices = residuals
   arrays, specs = _kernel_operands(blocks, *residuals)
   sums = [(len(vectors), x.shape[-1]), (len(matrices), *matrices[0].shape)]
@@ -183,7 +179,6 @@ def _bwd(blocks, head, interpret, residuals, dy):
     scratch_shapes=_scratch(blocks, x.dtype, 'xxnntts'),
     cost_estimate=_cost(blocks, x, keys, head, 3 * len(matrices) - 1, 6),
     compiler_params=tiles_tpu.params(len(blocks.grid), in_order=True),
-    interpret=interpret,
     name='attention_branch_backward',
   )(*arrays, blocks.split(dy))
   *dprojections, dproj = dmatrices
@@ -291,9 +286,8 @@ def _store_clip(ref, clip, x) -> None:
 
 
 def _forward_kernel(
-  x_ref, scale_ref, vectors_ref, matrices_ref, *refs, **sizes
+  x_ref, scale_ref, vectors_ref, matrices_ref, *refs, head, has_keys
 ):
-  head, has_keys = sizes['head'], sizes['has_keys']
   key_refs, (out_ref, x32_ref, normed_ref, sum_ref) = refs[:-4], refs[-4:]
   first = pl.program_id(0) * ROWS
   _load_tiles(x32_ref, x_ref)

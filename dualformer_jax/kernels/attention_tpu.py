@@ -32,7 +32,6 @@ def attention(
   k: Float[Array, 'g b m c'],
   v: Float[Array, 'g b m c'],
   head: int,
-  interpret: bool = False,
 ) -> Float[Array, 'g b l c']:
   """Returns softmax(q k^T / sqrt(head)) v for each head; softmax in float32.
 
@@ -43,15 +42,15 @@ def attention(
   if channels > LANES and channels % LANES:
     pad = (*[(0, 0)] * 3, (0, -channels % LANES))
     q, k, v = (jnp.pad(x, pad) for x in (q, k, v))
-  return _attention(q, k, v, head, interpret)[..., :channels]
+  return _attention(q, k, v, head)[..., :channels]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _attention(q, k, v, head, interpret):
-  return _attention_fwd(q, k, v, head, interpret)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _attention(q, k, v, head):
+  return _attention_fwd(q, k, v, head)[0]
 
 
-def _attention_fwd(q, k, v, head, interpret):
+def _attention_fwd(q, k, v, head):
   grid, query_spec, key_spec = _blocks(q, k)
   out = pl.pallas_call(
     functools.partial(_forward_kernel, head=head),
@@ -61,13 +60,12 @@ def _attention_fwd(q, k, v, head, interpret):
     out_shape=jax.ShapeDtypeStruct(q.shape, q.dtype),
     cost_estimate=_cost(q, k, head, products=2),
     compiler_params=pltpu.CompilerParams(dimension_semantics=_ANY_ORDER),
-    interpret=interpret,
     name='attention',
   )(q, k, v)
   return out, (q, k, v)
 
 
-def _attention_bwd(head, interpret, residuals, dout):
+def _attention_bwd(head, residuals, dout):
   q, k, v = residuals
   grid, query_spec, key_spec = _blocks(q, k)
   # Blocks of queries add to the same gradients of keys: run them in order.
@@ -85,7 +83,6 @@ def _attention_bwd(head, interpret, residuals, dout):
     ],
     cost_estimate=_cost(q, k, head, products=5),
     compiler_params=pltpu.CompilerParams(dimension_semantics=order),
-    interpret=interpret,
     name='attention_backward',
   )(q, k, v, dout)
   return dq, dk.astype(k.dtype), dv.astype(v.dtype)

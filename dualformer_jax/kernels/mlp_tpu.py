@@ -5,7 +5,6 @@ tokens at a time; hidden activations stay in vector memory. The backward pass
 recomputes them, so that it needs only the input (docs/performance.md).
 """
 
-import functools
 import math
 
 import jax
@@ -45,7 +44,7 @@ def fits(batch: int, tokens: int, channels: int, hidden: int) -> bool:
   return weights + block <= tiles_tpu.VMEM_BYTES
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+@jax.custom_vjp
 def mlp(
   x: Float[Array, 'b n c'],
   branch_scale: Float[Array, 'b'],
@@ -55,18 +54,16 @@ def mlp(
   b1: Float[Array, 'h'],
   w2: Float[Array, 'h c'],
   b2: Float[Array, 'c'],
-  interpret: bool = False,
 ) -> Float[Array, 'b n c']:
   """Returns x + branch_scale * (gelu(norm(x) @ w1 + b1) @ w2 + b2).
 
   Operands of products have x.dtype, everything else is float32.
   `branch_scale` gets no gradient.
   """
-  operands = x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2
-  return _mlp_fwd(*operands, interpret)[0]
+  return _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2)[0]
 
 
-def _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2, interpret):
+def _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2):
   operands = x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2
   tiling = _tiling(*x.shape)
   assert tiling is not None
@@ -83,13 +80,12 @@ def _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2, interpret):
     ],
     cost_estimate=_cost(x, w1, products=2, arrays=2),
     compiler_params=tiles_tpu.params(2, in_order=False),
-    interpret=interpret,
     name='mlp',
   )(*arrays)
   return tiling.join(out), operands
 
 
-def _mlp_bwd(interpret, residuals, dy):
+def _mlp_bwd(residuals, dy):
   x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2 = residuals
   tiling = _tiling(*x.shape)
   assert tiling is not None
@@ -122,7 +118,6 @@ def _mlp_bwd(interpret, residuals, dy):
     ],
     cost_estimate=_cost(x, w1, products=5, arrays=3),
     compiler_params=tiles_tpu.params(2, in_order=True),
-    interpret=interpret,
     name='mlp_backward',
   )(*arrays, tiling.split(dy))
   return (

@@ -40,22 +40,21 @@ def fits(
   return fits_all and row * (3 * 2 * 2 + 8 * 4) <= tiles_tpu.VMEM_BYTES // 2
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+@jax.custom_vjp
 def norm_pool(
   x: Float[Array, 'b d h w c'],
   norm: tuple[Float[Array, 'c'], Float[Array, 'c']],
   kernels: tuple[Float[Array, '_ _ _ c'], ...],
-  interpret: bool = False,
 ) -> tuple[Float[Array, 'b d h w c'], tuple[Float[Array, 'b _ _ _ c'], ...]]:
   """Returns x, and the sums of blocks of norm(x) times each kernel, in float32.
 
-  Use the returned x instead of x elsewhere: then the gradients of both uses are
-  added in the kernel.
+  Callers must continue with the returned x, so that both gradients are added in
+  the kernel.
   """
-  return _fwd(x, norm, kernels, interpret)[0]
+  return _fwd(x, norm, kernels)[0]
 
 
-def _fwd(x, norm, kernels, interpret):
+def _fwd(x, norm, kernels):
   grid, specs, sums, sum_specs = _layout(x, kernels)
   levels = pl.pallas_call(
     functools.partial(_forward_kernel, sizes=_sizes(kernels)),
@@ -64,13 +63,12 @@ def _fwd(x, norm, kernels, interpret):
     out_specs=sum_specs,
     out_shape=sums,
     compiler_params=tiles_tpu.params(3, in_order=True),
-    interpret=interpret,
     name='norm_pool',
   )(*_operands(x, norm, kernels))
   return (x, tuple(_join(level) for level in levels)), (x, norm, kernels)
 
 
-def _bwd(interpret, residuals, gradients):
+def _bwd(residuals, gradients):
   x, norm, kernels = residuals
   dx, dlevels = gradients
   grid, specs, _, sum_specs = _layout(x, kernels)
@@ -86,7 +84,6 @@ def _bwd(interpret, residuals, gradients):
       *(jax.ShapeDtypeStruct(w.shape, jnp.float32) for w in weights),
     ],
     compiler_params=tiles_tpu.params(3, in_order=True),
-    interpret=interpret,
     name='norm_pool_backward',
   )(*operands, _split(dx), *(_split(dlevel) for dlevel in dlevels))
   dnorm, *dkernels = (w.sum(-2) for w in dweights)

@@ -12,6 +12,7 @@ from dualformer_jax.kernels import attention, attention_tpu, dispatch
 from dualformer_jax.models.dualformer import DualFormer
 from tests import reference_arrays
 from tests.kernels import float64
+from tests.kernels.interpreted_tpu import tpu_fixture  # noqa: F401
 
 
 def draw(groups, batch, queries, keys, channels, dtype):
@@ -67,11 +68,12 @@ def test_attention_and_gradients(monkeypatch, kernels, dtype, groups):
     (2, 2, 16, 24, 192, 32),  # half of the lanes at the end
   ],
 )
+@pytest.mark.usefixtures('tpu')
 def test_tpu_kernel_and_gradients(groups, batch, queries, keys, channels, head):
   assert attention_tpu.fits(queries, channels, head)
 
   def run(q, k, v):
-    return attention_tpu.attention(q, k, v, head, True)
+    return attention_tpu.attention(q, k, v, head)
 
   operands = draw(groups, batch, queries, keys, channels, 'float32')
   assert_agrees(run, operands, channels // head, 1e-5)
