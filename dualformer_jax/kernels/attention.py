@@ -117,7 +117,8 @@ def blocked_attention(
   A block is some groups or, of a single group, some queries with all keys. The
   loop does not run over the batch, which may be sharded. The backward pass
   recomputes scores and uses the saved logarithm of the sum of their
-  exponentials (algorithm 4 of FlashAttention, 2205.14135).
+  exponentials (algorithm 4 of FlashAttention, arXiv
+  2205.14135).
   """
   return _blocked_attention_fwd(q, k, v, is_key)[0]
 

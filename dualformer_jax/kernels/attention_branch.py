@@ -12,6 +12,7 @@ from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
   clips_per_device,
+  no_kernel,
   run_per_device,
 )
 from dualformer_jax.kernels.mlp import Weights
@@ -29,10 +30,11 @@ def find_branch(
   window: Size | None = None,
   num_keys: int = 0,
 ) -> Branch | None:
-  """Returns x + branch_scale * proj(attention(norm(x))) as one operation.
+  """Returns a function that computes the attention branch in one operation.
 
-  Returns None if there is none for the platform, the dtype or the sizes. Then
-  call one operation after the other.
+  The function returns x + branch_scale * proj(attention(norm(x))). Returns None
+  if there is none for the platform, the dtype or the sizes; then call the
+  separate operations.
 
   Args:
     shape: clips, frames, rows, columns and channels of x.
@@ -42,12 +44,8 @@ def find_branch(
       keys, or None.
     num_keys: keys of a clip without windows.
   """
-  find = compute.choose(_none, tpu=_find_pallas)
+  find = compute.choose(no_kernel, tpu=_find_pallas)
   return find(shape, num_heads, compute, window, num_keys)
-
-
-def _none(*_) -> None:
-  return None
 
 
 def _find_pallas(

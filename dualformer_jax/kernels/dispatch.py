@@ -31,12 +31,17 @@ class Compute:
     """Returns the implementation of an operation to use.
 
     That is the variant of the platform ('cpu', 'gpu', 'tpu'), if there is one,
-    otherwise `default`, or `reference`, the plain one.
+    otherwise `default`, or `reference`, the plain one. Whether a variant
+    supports a dtype, a chip or sizes is decided in the operation's module.
     """
     if self.kernels == 'reference':
       return reference
     default = reference if default is None else default
     return variants.get(platform(), default)
+
+
+def no_kernel(*_: Any) -> None:
+  """Returns None: a platform without a kernel runs separate operations."""
 
 
 def platform() -> str:
@@ -61,13 +66,19 @@ def device_kind() -> str:
 
 
 def batch_shards() -> int:
-  """Returns the parts of a batch; devices along `tensor` share one."""
+  """Returns the number of parts of a batch.
+
+  Devices along `tensor` share one part.
+  """
   mesh = jax.sharding.get_abstract_mesh()
   return device_count() // mesh.shape.get('tensor', 1)
 
 
 def clips_per_device(batch: int) -> int:
-  """Returns the clips of each device; 0 if devices share clips."""
+  """Returns the number of clips of each device.
+
+  It is 0 if devices share clips or the batch does not divide evenly.
+  """
   shards = batch_shards()
   return 0 if shards < device_count() or batch % shards else batch // shards
 

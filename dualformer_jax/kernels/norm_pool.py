@@ -10,6 +10,7 @@ from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
   clips_per_device,
+  no_kernel,
   run_per_device,
 )
 
@@ -25,20 +26,17 @@ def find_norm_pool(
   """Returns a function that normalizes tokens and pools them to levels.
 
   It has the arguments x [b, d, h, w, c], scale and bias of the norm, and kernel
-  and bias of the pooling of each level. Use the x that it returns instead of x.
-  Returns None if there is none for the platform, the dtype or the sizes.
+  and bias of the pooling of each level. Callers must continue with the returned
+  x, so that both gradients are added in the kernel. Returns None if there is
+  none for the platform, the dtype or the sizes.
 
   Args:
     shape: clips, frames, rows, columns and channels of x.
     sizes: sizes of the pooling kernels.
     compute: dtype and selection of kernels.
   """
-  find = compute.choose(_none, tpu=_find_pallas)
+  find = compute.choose(no_kernel, tpu=_find_pallas)
   return find(shape, sizes, compute)
-
-
-def _none(*_) -> None:
-  return None
 
 
 def _find_pallas(

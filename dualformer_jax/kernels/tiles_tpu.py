@@ -1,8 +1,8 @@
 """Tokens in tiles of 8 rows, and what kernels for TPUs share.
 
-A TPU stores rows of channels in tiles of 8. XLA prefers tokens whose tiles are
-8 clips of the same token, because grids of tokens are rarely multiples of 8;
-kernels that take them so need no copies (docs/performance.md).
+A TPU stores rows of channels in tiles of 8. XLA prefers tiles whose 8 rows are
+the same token of 8 clips, because grids of tokens are rarely multiples of 8.
+Kernels with the same layout need no copies (docs/performance.md).
 """
 
 from collections.abc import Callable
