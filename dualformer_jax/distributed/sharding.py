@@ -2,8 +2,8 @@
 
 Batches are sharded over `data` and `fsdp`. Parameters and optimizer state are
 replicated along `data`, sharded along `fsdp` in their largest divisible
-dimension (ZeRO, 1910.02054), and sharded along `tensor` by heads and hidden
-channels (Megatron-LM, 1909.08053).
+dimension (ZeRO, arXiv 1910.02054), and sharded along `tensor` by heads and
+hidden channels (Megatron-LM, arXiv 1909.08053).
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Local window and global pyramid attention (2112.04674, section 3).
+"""Local window and global pyramid attention (arXiv 2112.04674, section 3).
 
 A block may recompute `project` (queries, keys, values), but never `attend`.
 """
@@ -57,11 +57,11 @@ class LocalWindowAttention(nn.Module):
     self.sizes = dict(zip(('wd', 'wh', 'ww'), window, strict=True))
     self.counts = dict(zip(('i', 'j', 'k'), count, strict=True))
 
-  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
-    return self.attend(self.project(x))
-
   def find_branch(self, batch: int) -> Branch | None:
-    """Returns the branch of a block as one operation, if there is one."""
+    """Returns a function that computes the branch in one operation.
+
+    Returns None if there is none for the platform, the dtype or the sizes.
+    """
     shape = (batch, *self.grid, self.channels)
     window: Any = tuple(self.sizes.values())
     return find_branch(shape, self.num_heads, self.compute, window)
@@ -131,13 +131,11 @@ class GlobalPyramidAttention(nn.Module):
       self.lr_1 = BatchNorm(self.compute.dtype)
       self.lr_3 = DepthwisePooling(kernels[1][1], self.compute)
 
-  def __call__(
-    self, x: Float[Array, 'b d h w c'], train: bool = False
-  ) -> Float[Array, 'b d h w c']:
-    return self.attend(self.project(x, train))
-
   def find_branch(self, batch: int) -> Branch | None:
-    """Returns the branch of a block as one operation, if there is one."""
+    """Returns a function that computes the branch in one operation.
+
+    Returns None if there is none for the platform, the dtype or the sizes.
+    """
     num_keys = 0
     for level in self.pooling_kernels or [()]:
       size = self.grid
@@ -167,7 +165,11 @@ class GlobalPyramidAttention(nn.Module):
     return self.project_levels(levels, train)
 
   def find_norm_pool(self, batch: int) -> NormPool | None:
-    """Returns norm and pooling of `project_levels` as one, if there is one."""
+    """Returns a function that computes norm and pooling in one operation.
+
+    It outputs the `levels` of `project_levels`. Returns None if there is none
+    for the platform, the dtype or the sizes.
+    """
     if not self.has_fine:
       return None
     shape = (batch, *self.grid, self.channels)

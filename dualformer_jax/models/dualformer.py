@@ -1,4 +1,4 @@
-"""DualFormer, the local-global stratified video transformer (2112.04674)."""
+"""DualFormer, the local-global stratified transformer (arXiv 2112.04674)."""
 
 import flax.linen as nn
 import flax.struct
@@ -137,7 +137,7 @@ def _run_block(
 def drop_path(
   key: PRNGKeyArray, rates: Float[np.ndarray, 'n'], batch: int
 ) -> Float[Array, 'n 2 b']:
-  """Draws the factors of stochastic depth (1603.09382), whose mean is 1.
+  """Draws the factors of stochastic depth, whose mean is 1 (arXiv 1603.09382).
 
   For both branches of each block and for each sample, 0 with the probability of
   the block's rate, otherwise 1 / (1 - rate).

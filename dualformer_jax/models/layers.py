@@ -24,7 +24,7 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def weights(self, shape: Sequence[int]) -> Weights:
-    """Returns scale and bias, for an input of a shape."""
+    """Returns scale and bias, for an input of this shape."""
     channels = shape[-1:]
     scale = self.param('scale', nn.initializers.ones, channels)
     return scale, self.param('bias', nn.initializers.zeros, channels)
@@ -48,7 +48,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def weights(self, shape: Sequence[int]) -> Weights:
-    """Returns kernel [i, o] and bias [o], for an input of a shape."""
+    """Returns kernel [i, o] and bias [o], for an input of this shape."""
     features = self.features
     features = (features,) if isinstance(features, int) else tuple(features)
     inputs = self.inputs or shape[-1:]
@@ -73,7 +73,7 @@ class Projections(nn.Module):
 
   @nn.compact
   def weights(self, shape: Sequence[int]) -> list[Weights]:
-    """Returns kernel [i, o] and bias [o] of each, for an input of a shape."""
+    """Returns kernel [i, o] and bias [o] of each layer for this input shape."""
     channels = shape[-1]
     init = nn.initializers.normal(0.02)
     kernel = self.param('kernel', init, (channels, *self.features))
@@ -94,7 +94,7 @@ class Mlp(nn.Module):
 
   @nn.compact
   def weights(self, shape: Sequence[int]) -> tuple[Weights, Weights]:
-    """Returns the weights of both layers, for an input of a shape."""
+    """Returns the weights of both layers, for an input of this shape."""
     *tokens, channels = shape
     hidden = 4 * channels
     fc1 = Linear(hidden, self.compute, name='fc1').weights(shape)
@@ -149,14 +149,14 @@ class DepthwisePooling(nn.Module):
 
   @nn.compact
   def weights(self, shape: Sequence[int]) -> Weights:
-    """Returns kernel [i, j, k, c] and bias [c], for an output of a shape."""
+    """Returns kernel [i, j, k, c] and bias [c], for an output of this shape."""
     return _conv_params(self, *self.kernel_size, shape[-1])
 
   def __call__(self, x: Float[Array, 'b t y x c']) -> Float[Array, 'b d h w c']:
     return pool(x, *self.weights(self.output_shape(x.shape)), self.compute)
 
   def output_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the shape of the output for an input of a shape."""
+    """Returns the shape of the output for an input of this shape."""
     batch, *grid, channels = shape
     pairs = zip(grid, self.kernel_size, strict=True)
     return batch, *(n // k for n, k in pairs), channels

@@ -1,4 +1,4 @@
-"""The published sizes of DualFormer (table 1 of 2112.04674)."""
+"""The published sizes of DualFormer (table 1 of arXiv 2112.04674)."""
 
 TINY = {
   'depths': (2, 2, 10, 4),

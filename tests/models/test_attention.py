@@ -2,6 +2,7 @@
 
 import itertools
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -11,6 +12,11 @@ from dualformer_jax.models import attention
 from tests.kernels import float64
 
 KERNELS = pytest.mark.parametrize('kernels', ['auto', 'reference'])
+
+
+def attend(layer, x):
+  """Calls an attention layer as a block does."""
+  return layer.attend(layer.project(x))
 
 
 def assert_close(actual, expected):
@@ -36,11 +42,11 @@ def test_padding_of_windows_gets_no_attention(grid, window, kernels):
   )
   rng = np.random.default_rng(0)
   x = rng.standard_normal((2, *grid, channels)).astype(np.float32)
-  variables = jax.jit(layer.init)(jax.random.key(1), x)
+  variables = jax.jit(nn.init(attend, layer))(jax.random.key(1), x)
   variables = jax.tree.map(
     lambda p: rng.standard_normal(p.shape).astype(np.float32), variables
   )
-  actual = jax.jit(layer.apply)(variables, x)
+  actual = jax.jit(nn.apply(attend, layer))(variables, x)
 
   p = jax.tree.map(np.float64, variables['params'])
   qkv = np.einsum('bdhwc,csne->bdhwsne', x, p['qkv']['kernel'])
@@ -81,11 +87,11 @@ def test_global_attention_uses_the_pooled_pyramid(kernels):
   )
   rng = np.random.default_rng(0)
   x = rng.standard_normal((1, *grid, channels)).astype(np.float32)
-  variables = jax.jit(layer.init)(jax.random.key(1), x)
+  variables = jax.jit(nn.init(attend, layer))(jax.random.key(1), x)
   variables = jax.tree.map(
     lambda v: rng.uniform(0.5, 1.5, v.shape).astype(v.dtype), variables
   )
-  actual = jax.jit(layer.apply)(variables, x)
+  actual = jax.jit(nn.apply(attend, layer))(variables, x)
 
   p = jax.tree.map(np.float64, variables['params'])
   statistics = jax.tree.map(np.float64, variables['batch_stats'])['lr_1']
