@@ -1,4 +1,4 @@
-"""Reads text files, and writes files atomically."""
+"""Walks folders, reads text files, and writes files atomically."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -75,7 +75,6 @@ def check_target(
   path: pathlib.Path,
   overwrite: bool = False,
   suffixes: Sequence[str] = (),
-  num_bytes: int = 0,
 ) -> None:
   """Raises a UserError unless a file can be written to `path`.
 
@@ -83,7 +82,6 @@ def check_target(
     path: the file; its parent folders need not exist.
     overwrite: whether the file may exist.
     suffixes: of which it must have one; () for any.
-    num_bytes: the room that it needs, if that is known.
   """
   if suffixes and path.suffix.lower() not in suffixes:
     expected = ' or '.join(suffixes)
@@ -94,13 +92,13 @@ def check_target(
     raise UserError(
       f'{path} already exists; choose another name, or add --overwrite'
     )
-  check_writable(path, num_bytes)
+  check_writable(path)
 
 
 def check_writable(path: pathlib.Path, num_bytes: int = 0) -> None:
   """Raises a UserError unless a file or folder can be created at `path`.
 
-  Tries it with a file that has no name, in the nearest folder that exists.
+  Tries it with an unnamed temporary file in the nearest folder that exists.
   """
   parent = next(f for f in path.absolute().parents if f.exists())
   if not parent.is_dir():
@@ -127,6 +125,21 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f'{path} cannot be written: {reason}') from error
+
+
+def walk(
+  top: str | os.PathLike[str],
+) -> Iterator[tuple[str, list[str], list[str]]]:
+  """Walks folders as os.walk does; follows links and visits a folder once."""
+  seen = set()
+  for folder, below, names in os.walk(top, followlinks=True):
+    status = os.stat(folder)
+    if (status.st_dev, status.st_ino) in seen:  # a loop, or a second link
+      below.clear()
+    else:
+      seen.add((status.st_dev, status.st_ino))
+      below.sort()
+      yield folder, below, names
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -10,10 +10,10 @@ from typing import Any
 from jaxtyping import Float, UInt8
 import numpy as np
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, error_reason
 from dualformer_jax.inference import windows
 from dualformer_jax.inference.recognizer import Recognizer
-from dualformer_jax.inference.sources import Source, error_reason
+from dualformer_jax.inference.sources import Source
 from dualformer_jax.inference.timeline import Window
 from dualformer_jax.inference.windows import TimedFrame, WindowClip
 

@@ -8,7 +8,7 @@ import uuid
 import gradio as gr
 import pandas as pd
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, error_reason
 from dualformer_jax.files import output_file
 from dualformer_jax.inference import (
   batches,
@@ -62,7 +62,7 @@ def make_page(recognizer: Recognizer, folder: pathlib.Path) -> gr.Blocks:
       )
       yield dict(classes), heat_map, table, state, _MOST_PROBABLE
     except UserError as error:
-      reason = sources.error_reason(error)
+      reason = error_reason(error)
       raise gr.Error(f'{path.name}: {reason}', print_exception=False) from None
     finally:
       # Gradio only passes on files in its own folder.

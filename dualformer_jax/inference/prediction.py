@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, error_reason
 from dualformer_jax.files import output_file
 from dualformer_jax.inference import batches, timeline
 from dualformer_jax.inference.output_files import OutputFiles
 from dualformer_jax.inference.printer import Prediction
 from dualformer_jax.inference.recognizer import Recognizer
-from dualformer_jax.inference.sources import Source, error_reason, open_stream
+from dualformer_jax.inference.sources import Source, open_stream
 from dualformer_jax.input_pipeline import video_writer
 from dualformer_jax.progress import Progress, track
 

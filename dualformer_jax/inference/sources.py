@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import cv2
 
+from dualformer_jax import files
 from dualformer_jax.errors import UserError
 from dualformer_jax.inference.windows import TimedFrame
 from dualformer_jax.input_pipeline import video_container
@@ -69,34 +70,21 @@ def _find_files(argument: str) -> list[str]:
     raise UserError('no file matches this pattern')
   if not paths:
     raise UserError('no such file or folder')
-  files = []
+  found = []
   for path in sorted(paths):
     if not os.path.isdir(path):
-      files.append(path)
+      found.append(path)
       continue
-    files += sorted(
+    found += sorted(
       os.path.join(folder, name)
-      for folder, names in _walk(path)
+      for folder, _, names in files.walk(path)
       for name in names
       if os.path.splitext(name)[1].lower() in video_container.SUFFIXES
       and not name.startswith('.')
     )
-  if not files:
+  if not found:
     raise UserError('no videos in this folder')
-  return files
-
-
-def _walk(top: str) -> Iterator[tuple[str, list[str]]]:
-  """Yields folders and names of their files; follows links, without loops."""
-  seen = set()
-  for folder, below, names in os.walk(top, followlinks=True):
-    status = os.stat(folder)
-    if (status.st_dev, status.st_ino) in seen:  # a loop, or a second link
-      below.clear()
-    else:
-      seen.add((status.st_dev, status.st_ino))
-      below.sort()
-      yield folder, names
+  return found
 
 
 @contextlib.contextmanager
@@ -147,8 +135,3 @@ def _open_live(name: str) -> tuple[Iterator[TimedFrame], float, None]:
       yield index / fps, cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB)
 
   return frames(), fps, None
-
-
-def error_reason(error: UserError) -> str:
-  """Returns the message of an error without the path of the video."""
-  return getattr(error, 'reason', str(error))

@@ -26,7 +26,6 @@ from dualformer_jax.input_pipeline.train_stream import (
   Clip,
   TrainOptions,
   TrainStream,
-  failure_reason,
 )
 
 Batch = dict[str, Any]
@@ -68,10 +67,9 @@ class TrainLoader(Iterator[Batch]):
   """Endless batches of random clips.
 
   Each epoch has every video `repeats` times, in a new order, unless
-  `class_balanced`. A batch may contain the end
-  of one epoch and the start of the next. A video that cannot be decoded is
-  logged and replaced by the next readable one of the stream. Reading begins
-  with the first call of next().
+  `class_balanced`. A batch may contain the end of one epoch and the start of
+  the next. A video that cannot be decoded is logged and replaced by the next
+  readable one of the stream. Reading begins with the first call of next().
 
   Batches are dicts with `clips`, uint8 [rows, frames, size, size, 3]; `labels`,
   int32 [rows], or float32 [rows, classes] for datasets with several labels; and
@@ -132,11 +130,6 @@ class TrainLoader(Iterator[Batch]):
     )
     self._position = 0
     self._batches: Any = None
-
-  @property
-  def failed(self) -> dict[str, str]:
-    """Reason by name, of videos that this host could not decode so far."""
-    return dict(self._stream.failed)
 
   def __next__(self) -> Batch:
     if self._batches is None:
@@ -285,7 +278,7 @@ class EvalLoader:
         example.video, self.preprocessing, short_side=self.short_side
       )
     except VIDEO_FAILURES as error:
-      video.failure = failure_reason(error)
+      video.failure = errors.error_reason(error)
     return video
 
   def _collate(self, videos: list[_EvalVideo]) -> Batch:

@@ -37,15 +37,15 @@ class TrainOptions:
   """Which clips a training stream has.
 
   Attributes:
-    seed: of order, frames, crops and operations; 0 to 2**32 - 1.
+    seed: seed of order, frames, crops and operations; 0 to 2**32 - 1.
     short_side: size of the frames' short side before cropping.
-    random_crop: False takes the center crop.
+    random_crop: whether to take random crops; otherwise the center crop.
     repeats: clips of each video, which are consecutive in the stream (repeated
       augmentation, Hoffer et al., arXiv 1901.09335).
     class_balanced: draws every class equally often: one video of each class
       in turn. An epoch then does not have every video once.
     rand_augment_ops: operations of RandAugment per clip; 0 for none.
-    rand_augment_magnitude: of these operations, 0..10.
+    rand_augment_magnitude: magnitude of these operations, 0..10.
   """
 
   seed: int
@@ -88,7 +88,7 @@ class TrainStream:
     self._order[0]  # Initializes what the loader's threads share.
 
   def clips(self, position: int) -> list[Clip]:
-    """Returns the clips from a position on, as many as there are `repeats`.
+    """Returns `repeats` consecutive clips, the first at `position`.
 
     Raises:
       UserError: a clip's video and those after it cannot be read.
@@ -160,7 +160,7 @@ class TrainStream:
 
   def _log_failure(self, name: str, error: errors.UserError) -> None:
     is_new = name not in self.failed
-    self.failed[name] = failure_reason(error)
+    self.failed[name] = errors.error_reason(error)
     if is_new:
       logging.warning(
         'Video %s cannot be read and is replaced by the next one (%d so far):'
@@ -169,11 +169,6 @@ class TrainStream:
         len(self.failed),
         self.failed[name],
       )
-
-
-def failure_reason(error: errors.UserError) -> str:
-  """Returns why a video cannot be read, without its path."""
-  return getattr(error, 'reason', str(error))
 
 
 def _video_order(dataset: PreparedDataset, options: TrainOptions) -> Any:

@@ -27,7 +27,7 @@ from dualformer_jax.input_pipeline.preparing import (
 
 @dataclasses.dataclass(frozen=True)
 class ListedVideo:
-  """A video named by an annotation file; for the other fields see transcoding.
+  """A video named by an annotation file; see transcoding.Video.
 
   Attributes:
     name: file name without extension, or name of a folder of frames; may begin
@@ -90,7 +90,7 @@ class AnnotatedBuilder(builder.VideoDatasetBuilder, skip_registration=True):
 
   @classmethod
   def read_labels(cls) -> list[str]:
-    """Returns the class names in labels.txt beside the definition."""
+    """Returns the names in labels.txt next to the builder's source file."""
     return read_lines(pathlib.Path(inspect.getfile(cls)).parent / 'labels.txt')
 
   def _split_generators(
@@ -154,14 +154,7 @@ def index_videos(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     found[name].append(path)
     found[f'{path.parent.name}/{name}'].append(path)
 
-  seen = set()
-  for top, folders, names in os.walk(folder, followlinks=True):
-    status = os.stat(top)
-    if (status.st_dev, status.st_ino) in seen:  # A cycle of links.
-      folders.clear()
-      continue
-    seen.add((status.st_dev, status.st_ino))
-    folders.sort()
+  for top, folders, names in files.walk(folder):
     suffixes = {os.path.splitext(name)[1].lower() for name in names}
     has_videos = bool(suffixes & video_container.SUFFIXES)
     # Folders, too: one named like a video is to be reported as undecodable.
