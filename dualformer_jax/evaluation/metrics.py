@@ -63,7 +63,8 @@ def mean_class_accuracy(
 ) -> float:
   """Returns the mean recall over classes, in 0..1.
 
-  It is 0 for a class that is only predicted; a class in neither is excluded.
+  The recall of a class that is predicted but has no videos is 0; classes
+  neither predicted nor present are excluded.
   """
   predictions = np.argmax(scores, axis=1)
   recalls = [
@@ -159,7 +160,7 @@ def expected_calibration_error(
 
 
 def confidence_interval(num_correct: int, count: int) -> tuple[float, float]:
-  """Returns the 95 % confidence interval of an accuracy (Wilson score)."""
+  """Returns the 95% confidence interval of an accuracy (Wilson score)."""
   from scipy import stats  # takes 55 MB and a second, and training needs none
 
   interval = stats.binomtest(num_correct, count).proportion_ci(method='wilson')

@@ -55,16 +55,11 @@ def render(
     trim_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
-  environment.filters['percent'] = lambda share: f'{100 * share:.1f} %'
+  environment.filters['percent'] = lambda share: f'{100 * share:.1f}%'
   folder = importlib.resources.files('dualformer_jax.evaluation')
   template = (folder / 'report.html.j2').read_text('utf-8')
   return environment.from_string(template).render(
-    report={
-      'comparison': None,
-      'most_confused': [],
-      'checkpoint_kind': None,
-      **report,
-    },
+    report={'comparison': None, 'most_confused': [], **report},
     charts=charts,
     curves=curves,
     mistakes=mistakes,

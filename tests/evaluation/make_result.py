@@ -48,6 +48,7 @@ def report_of(result: Result, **more: Any) -> dict[str, Any]:
     'views': {'num_clips': 1, 'num_crops': 1},
     **report.details(result, gflops=0.5),
     'checkpoint': '/run/<i>1</i>',
+    'checkpoint_kind': 'latest',
     'dataset': {'folder': '/data/"x"', 'split': 'test'},
     'config': {'dataset': {'name': 'motion'}},
     'time': {'finished': '2026-11-28T12:00:00+00:00'},

@@ -116,7 +116,7 @@ def test_page_shows_worst_mistakes(trained):
   page = html_page.Page((trained / 'report.html').read_text('utf-8'))
   wrong = round(48 * (1 - figures['top1']))
   assert len(page.images()) == min(24, wrong)
-  assert f'{100 * figures["top1"]:.1f} %' in page.text
+  assert f'{100 * figures["top1"]:.1f}%' in page.text
   assert all(
     (image['src'] or '').startswith('data:image/jpeg')
     for image in page.images()
