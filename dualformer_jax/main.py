@@ -6,6 +6,8 @@ r"""Trains a DualFormer and tests it.
 The same command resumes training from the latest checkpoint in the workdir.
 """
 
+import functools
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -27,9 +29,10 @@ def define_flags() -> None:
     'mode',
     'train',
     ['train', 'test', 'profile'],
-    'train: train or resume, then test. test: test config.init_from, or the '
-    'latest checkpoint in the workdir. profile: measure input and training '
-    'step, and find the bottleneck, without training.',
+    "train: train or resume, then test. test: test the workdir's checkpoint "
+    '(see config.test.checkpoint) or, if it has none, that of '
+    'config.init_from. profile: measure input and training step, and find the '
+    'bottleneck, without training.',
   )
   flags.DEFINE_string(
     'compare',
@@ -75,10 +78,7 @@ def main() -> None:
       profile.profile(FLAGS.config, FLAGS.workdir)
 
 
-def cli() -> None:
-  """Runs the command."""
-  command_line.run(main, define_flags)
-
+cli = functools.partial(command_line.run, main, define_flags)
 
 if __name__ == '__main__':
   cli()
