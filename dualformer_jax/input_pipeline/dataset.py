@@ -27,7 +27,7 @@ from dualformer_jax import errors, progress
 from dualformer_jax.input_pipeline import record_files
 
 # Field of report.json: pairs of similar videos in different splits.
-NEAR_COPIES = 'near_copies'
+NEAR_DUPLICATES = 'near_copies'
 _READ_THREADS = 16
 _FORMATS = ('tfrecord', 'array_record')
 
@@ -57,9 +57,9 @@ class PreparedDataset:
   Can be shared by threads, and pickled.
 
   Attributes:
-    folder: of the dataset's version.
-    split: the split's name.
-    class_names: in the order of the labels.
+    folder: folder of the dataset's version.
+    split: name of the split.
+    class_names: names of the classes, in the order of the labels.
     multi_label: whether a video may have several labels.
     fingerprint: identifies dataset, version and split, wherever the files are.
   """
@@ -77,7 +77,7 @@ class PreparedDataset:
       name_or_folder: name of the dataset, with `/CONFIG` where it has several
         configurations, of which the latest version is read; or the folder of
         a version.
-      split: such as 'train'.
+      split: name of the split, such as 'train'.
       data_dir: the `--data_dir` of `tfds build`; not used for a folder.
 
     Raises:
@@ -205,12 +205,12 @@ class PreparedDataset:
     return Example(video, label, video_id.decode())
 
 
-def near_copies(
+def near_duplicates(
   train: PreparedDataset, test: PreparedDataset
 ) -> list[tuple[str, str]]:
   """Returns pairs of similar videos in two splits of a dataset.
 
-  Such copies (re-encoded, resized, trimmed) make test results too good.
+  Near-duplicates (re-encoded, resized, trimmed) inflate test accuracy.
   Preparing a dataset finds them, so this only reads report.json. Nothing is
   known about splits of different datasets.
 
@@ -222,7 +222,7 @@ def near_copies(
   splits = (train.split, test.split)
   # report.json may be another program's.
   with contextlib.suppress(KeyError, TypeError, ValueError):
-    for entry in train.read_report(NEAR_COPIES, []):
+    for entry in train.read_report(NEAR_DUPLICATES, []):
       pairs = [(str(a), str(b)) for a, b in entry['videos']]
       if tuple(entry['splits']) == splits:
         return pairs

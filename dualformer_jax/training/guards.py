@@ -13,7 +13,10 @@ import numpy as np
 
 from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.errors import UserError
-from dualformer_jax.input_pipeline.dataset import PreparedDataset, near_copies
+from dualformer_jax.input_pipeline.dataset import (
+  PreparedDataset,
+  near_duplicates,
+)
 from dualformer_jax.stop_signals import stop_signals
 from dualformer_jax.training.logging import format_metrics
 from dualformer_jax.training.setup import Training
@@ -95,18 +98,18 @@ def saved_step(step: int) -> str:
   return f'; saved step {step}: run the same command to resume'
 
 
-def warn_of_near_copies(
+def warn_of_near_duplicates(
   train_data: PreparedDataset, data: PreparedDataset, name: str
 ) -> None:
   """Warns if 'validation' or 'test' videos are also training videos."""
-  if copies := near_copies(train_data, data):
+  if pairs := near_duplicates(train_data, data):
     _LOG.warning(
-      '%d %s videos are also training videos, or near copies of them: %s%s; '
-      'accuracy on them is too high',
-      len(copies),
+      '%d %s videos are also training videos, or near-duplicates of them: '
+      '%s%s; they inflate accuracy',
+      len(pairs),
       name,
-      ', '.join(f'{b} of {a}' for a, b in copies[:3]),
-      ', ...' if len(copies) > 3 else '',
+      ', '.join(f'{b} of {a}' for a, b in pairs[:3]),
+      ', ...' if len(pairs) > 3 else '',
     )
 
 

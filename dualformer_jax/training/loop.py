@@ -136,10 +136,10 @@ def train_and_test(
     best_score, best_step = saved.score, saved.step
 
   # -------------------------------------------------------------------- checks
-  guards.warn_of_near_copies(train_data, validation_data, 'validation')
+  guards.warn_of_near_duplicates(train_data, validation_data, 'validation')
   test_data = setup.open_split(config, dataset.test_split)
   if dataset.test_split != dataset.validation_split:
-    guards.warn_of_near_copies(train_data, test_data, 'test')
+    guards.warn_of_near_duplicates(train_data, test_data, 'test')
   if config.overfit_steps and latest is None:
     start_position = batches.get_state()
     batch = next(batches)

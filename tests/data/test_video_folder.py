@@ -11,7 +11,10 @@ import pytest
 from data.video_folder import video_folder_dataset_builder as video_folder
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import video_writer
-from dualformer_jax.input_pipeline.dataset import PreparedDataset, near_copies
+from dualformer_jax.input_pipeline.dataset import (
+  PreparedDataset,
+  near_duplicates,
+)
 from dualformer_jax.input_pipeline.preparing import transcoding, video_store
 from tests.input_pipeline import videos
 from tests.input_pipeline.preparing import building
@@ -188,9 +191,9 @@ def test_folders_of_splits_are_used(tmp_path):
     PreparedDataset(os.fspath(folder), split, '')
     for split in ('train', 'validation')
   )
-  assert near_copies(train, validation) == pairs
-  assert near_copies(validation, train) == [(b, a) for a, b in pairs]
-  assert near_copies(train, train) == []
+  assert near_duplicates(train, validation) == pairs
+  assert near_duplicates(validation, train) == [(b, a) for a, b in pairs]
+  assert near_duplicates(train, train) == []
   assert report['ignored'] == {'not in the folder of a class': 1}
   assert report['notes'] == [
     "class 'a' has no good video for train, test",

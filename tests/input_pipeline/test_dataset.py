@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline.dataset import PreparedDataset, near_copies
+from dualformer_jax.input_pipeline.dataset import (
+  PreparedDataset,
+  near_duplicates,
+)
 from tests import conftest
 from tests.input_pipeline import videos
 from tests.input_pipeline.loaders import open_error, read_all
@@ -70,7 +73,7 @@ def test_order_is_that_of_the_files(prepared_datasets):
   assert len(found) == 11
 
 
-def test_malformed_report_has_no_near_copies(copied):
+def test_malformed_report_has_no_near_duplicates(copied):
   folder = str(copied().parents[1])
   train, validation = (
     PreparedDataset('levels', split, folder)
@@ -78,7 +81,7 @@ def test_malformed_report_has_no_near_copies(copied):
   )
   report = train.folder / 'report.json'
   assert not report.exists()
-  assert near_copies(train, validation) == []
+  assert near_duplicates(train, validation) == []
   for text in (
     '{"near_copies": 3}',
     '{"near_copies": [3]}',
@@ -87,7 +90,7 @@ def test_malformed_report_has_no_near_copies(copied):
     '{"near_copies": [{"splits": ["train", "validation"]}]}',
   ):
     report.write_text(text)
-    assert near_copies(train, validation) == []
+    assert near_duplicates(train, validation) == []
 
 
 def test_folder_of_a_version_is_found(prepared_datasets):

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope='module', name='fine_tuned')
 def _fine_tuned(motion_dataset, tmp_path_factory):
-  """A fine-tuning run with all options on, and a near copy in its dataset."""
+  """A fine-tuning run with all options on, and near-duplicates in its data."""
   folder = tmp_path_factory.mktemp('fine_tuned')
   data = folder / 'data'
   shutil.copytree(motion_dataset, data)
@@ -91,7 +91,7 @@ def test_fine_tuning_logs_transfer_and_checks(fine_tuned):
     'one batch is NOT overfit',
     'initial loss',
     'ln(8 classes) = 2.079',
-    'near copies of them: validation/00004 of train/00003;',
+    'near-duplicates of them: validation/00004 of train/00003;',
   ):
     assert words in log
 

@@ -9,7 +9,7 @@ import json
 import pathlib
 from typing import Any
 
-from dualformer_jax.input_pipeline.dataset import NEAR_COPIES
+from dualformer_jax.input_pipeline.dataset import NEAR_DUPLICATES
 from dualformer_jax.input_pipeline.preparing import near_duplicates, video_store
 
 REPORT = 'report.json'
@@ -53,12 +53,12 @@ def make_report(
     'dataset': dataset,
     'fingerprint': content.hexdigest(),
     'splits': splits,
-    NEAR_COPIES: _find_near_copies(entries),
+    NEAR_DUPLICATES: _find_near_duplicates(entries),
     **findings,
   }
 
 
-def _find_near_copies(entries: Sequence[Entry]) -> list[dict[str, Any]]:
+def _find_near_duplicates(entries: Sequence[Entry]) -> list[dict[str, Any]]:
   """Finds near-duplicates of videos in other splits, for each two splits."""
   splits: dict[str, list[Entry]] = collections.defaultdict(list)
   for entry in entries:
@@ -119,7 +119,7 @@ def _summarize(report: dict[str, Any]) -> list[str]:
     bad = report['undecodable']
     lines.append(f'{len(bad)} of {report["found"]} videos cannot be decoded')
     lines += _first(f'{item["video_id"]}: {item["reason"]}' for item in bad)
-  for copies in report[NEAR_COPIES]:
+  for copies in report[NEAR_DUPLICATES]:
     first, second = copies['splits']
     lines.append(
       f'{len(copies["videos"])} videos of {second} are near-duplicates of'
