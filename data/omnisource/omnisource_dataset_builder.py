@@ -85,9 +85,9 @@ def _read_kinetics(
 ) -> dict[str, str]:
   """Returns the labels of Kinetics-400 videos by YouTube id."""
   path = pathlib.Path(__file__).parents[1] / 'kinetics400' / 'labels.txt'
-  by_key = {kinetics.normalize(name): name for name in class_names}
+  by_key = {kinetics.normalize_label(name): name for name in class_names}
   return {
     video.name.rsplit('_', 2)[0]: by_key[key]
     for video in kinetics.read_lists(folder, annotation.read_lines(path)).videos
-    if (key := kinetics.normalize(video.labels[0])) in by_key
+    if (key := kinetics.normalize_label(video.labels[0])) in by_key
   }

@@ -161,7 +161,7 @@ def test_labels_of_kinetics_are_sorted(number):
   names = (DATA / f'kinetics{number}' / 'labels.txt').read_text().splitlines()
   assert len(set(names)) == number
   assert names == sorted(names, key=lambda name: name.replace(' ', '_'))
-  assert len({kinetics.normalize(name) for name in names}) == number
+  assert len({kinetics.normalize_label(name) for name in names}) == number
   assert (names[0], names[-1]) == ('abseiling', 'zumba')
 
 

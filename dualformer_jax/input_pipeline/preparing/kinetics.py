@@ -15,7 +15,7 @@ _COLUMNS = ('label', 'youtube_id', 'time_start', 'time_end')
 
 
 class KineticsBuilder(annotation.AnnotatedBuilder, skip_registration=True):
-  """Reads labels.txt beside the definition and the lists of videos."""
+  """Reads labels.txt next to the builder's source file, and video lists."""
 
   def read_annotations(self, folder: pathlib.Path) -> annotation.Listing:
     """See the base class."""
@@ -26,7 +26,7 @@ def read_lists(
   folder: pathlib.Path, class_names: Sequence[str]
 ) -> annotation.Listing:
   """Reads train.csv, val.csv and, if it has labels, test.csv."""
-  by_key = {normalize(name): name for name in class_names}
+  by_key = {normalize_label(name): name for name in class_names}
   listing = annotation.Listing(class_names)
   for split, words in _SPLITS.items():
     names = [
@@ -44,10 +44,10 @@ def read_lists(
       for label, youtube_id, *times in annotation.read_table(path, *_COLUMNS):
         start, end = (int(float(time)) for time in times)
         name = f'{youtube_id}_{start:06d}_{end:06d}'
-        listing.add(name, by_key.get(normalize(label), label), split)
+        listing.add(name, by_key.get(normalize_label(label), label), split)
   return listing
 
 
-def normalize(label: str) -> str:
+def normalize_label(label: str) -> str:
   """Drops underscores, quotes and capitals, in which copies of files differ."""
   return label.replace('_', ' ').replace('"', '').strip().lower()
