@@ -97,8 +97,8 @@ def store_labels(
       labels, first_file = [], first_file + 1
   stored_labels.write_meta(folder, {**meta, 'complete': True})
   _LOG.info(
-    'token labels of %d videos (%d could not be read); the stored logits of a '
-    'token have %.1f%% of its probability; train with '
+    'token labels of %d videos (%d could not be read); the stored classes hold '
+    "%.1f%% of a token's probability on average; train with "
     '--config.token_labels.stored=%s',
     len(data),
     num_videos - len(shares),
