@@ -2,7 +2,7 @@ r"""
 python -m dualformer_jax.main --config=configs/diving48_small.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-S on Diving-48. Published top-1: 81.8%.
+DualFormer-S on Diving48. Published top-1: 81.8%.
 
 First prepare the videos:
 

@@ -2,12 +2,11 @@ r"""
 python -m dualformer_jax.main --config=configs/hmdb51_small.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-S on HMDB-51, split 1. Published top-1: 76.4%.
+DualFormer-S on HMDB51, split 1. Published top-1: 76.4%.
 
 First prepare the videos:
 
-  tfds build data/hmdb51 --manual_dir=VIDEOS --data_dir=DATA \
-    --config=split1
+  tfds build data/hmdb51 --manual_dir=VIDEOS --data_dir=DATA --config=split1
 
 INIT is a DualFormer-S trained on Kinetics-400: a workdir of
 configs/k400_small.py, or a published .pth file.

@@ -11,6 +11,7 @@ First prepare the videos:
 
 INIT is the .pth file of a DualFormer-S image model (ImageNet-1K), which is
 inflated to video.
+
 TEACHER is a DualFormer-B with the same classes: a workdir of
 configs/k400_base.py, or a published .pth file converted with
 dualformer_jax.convert. To run it once rather than in every step, see

@@ -2,12 +2,11 @@ r"""
 python -m dualformer_jax.main --config=configs/ucf101_small.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-S on UCF-101, split 1. Published top-1: 97.5%.
+DualFormer-S on UCF101, split 1. Published top-1: 97.5%.
 
 First prepare the videos:
 
-  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA \
-    --config=split1
+  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA --config=split1
 
 INIT is a DualFormer-S trained on Kinetics-400: a workdir of
 configs/k400_small.py, or a published .pth file.

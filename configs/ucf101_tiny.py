@@ -2,12 +2,11 @@ r"""
 python -m dualformer_jax.main --config=configs/ucf101_tiny.py \
   --workdir=WORKDIR --config.init_from=INIT --config.dataset.data_dir=DATA
 
-DualFormer-T on UCF-101, split 1, with clips of 16 frames.
+DualFormer-T on UCF101, split 1, with clips of 16 frames.
 
 First prepare the videos:
 
-  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA \
-    --config=split1
+  tfds build data/ucf101 --manual_dir=VIDEOS --data_dir=DATA --config=split1
 
 INIT is a DualFormer-T trained on Kinetics-400: a workdir of
 configs/k400_tiny.py, or a published .pth file.
