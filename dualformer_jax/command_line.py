@@ -21,7 +21,7 @@ from dualformer_jax.errors import UserError
 from dualformer_jax.files import DISK_ERRORS
 from dualformer_jax.stop_signals import stop_signals
 
-# That of absl without the thread.
+# The format of absl, without the number of the thread.
 LOG_FORMAT = '{levelname[0]}{asctime} {filename}:{lineno}] {message}'
 TIME_FORMAT = '%m%d %H:%M:%S'
 CHECKPOINT_HELP = 'A checkpoint folder, or the workdir of a training run.'
@@ -52,7 +52,7 @@ def run(
   for name in ('stdout', 'stderr'):  # None if it is closed, as by >&-
     if getattr(sys, name) is None:
       setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), 'w'))
-  # Names of files and classes may have characters that the terminal has not.
+  # The terminal may be unable to print characters of files and class names.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors='backslashreplace')
   stop_signals.install()

@@ -5,10 +5,11 @@ r"""Converts a PyTorch file to a checkpoint folder, or back to a .pth file.
 
   python -m dualformer_jax.convert --src=DIR --dst=model.pth
 
-The file may be a .safetensors file, too, and of other trainers: prefixes and
-wrappers of DistributedDataParallel, torch.compile, Lightning, MMEngine and timm
-are recognized. The config provides what a file lacks: heads, frames,
-normalization, test views. PyTorch is not needed, and no code of a file is run.
+The file may also be a .safetensors file or a checkpoint of another trainer:
+prefixes and wrappers of DistributedDataParallel, torch.compile, Lightning,
+MMEngine and timm are recognized. The config provides what a file lacks: the
+number of attention heads, frames, normalization, test views. PyTorch is not
+needed, and no code of a file is run.
 """
 
 import functools

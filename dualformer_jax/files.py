@@ -81,7 +81,7 @@ def check_target(
   Args:
     path: the file; its parent folders need not exist.
     overwrite: whether the file may exist.
-    suffixes: of which it must have one; () for any.
+    suffixes: allowed suffixes; () for any.
   """
   if suffixes and path.suffix.lower() not in suffixes:
     expected = ' or '.join(suffixes)

@@ -1,13 +1,14 @@
-r"""Prints what training a config needs, on devices that need not be attached.
+r"""Prints the memory and time that training needs on given devices.
 
 python -m dualformer_jax.plan --config=configs/k400_base.py \
     --topology=v5e:16x16 [--config.FIELD=VALUE ...]
 python -m dualformer_jax.plan --config=configs/k400_base.py --topology=h100:8
 
-Compiles the training step ahead of time on a CPU, with the compiler of the
-devices: for TPUs, pip install -e '.[plan]'; for GPUs, pip install -e '.[cuda]'.
-Searches mesh, accumulation_steps and remat for the fastest that fit; --nosearch
-plans for those of the config. --breakdown also prints where the bytes go.
+The devices need not be attached: the training step is compiled ahead of time on
+a CPU, with the compiler of the devices. For TPUs, pip install -e '.[plan]'; for
+GPUs, pip install -e '.[cuda]'. Searches mesh, accumulation_steps and remat for
+the fastest settings that fit; --nosearch plans for those of the config.
+--breakdown also prints which operations cause the memory traffic.
 """
 
 import functools
@@ -38,7 +39,10 @@ def define_flags() -> None:
     'a100, h100, h200 and b200.',
   )
   flags.DEFINE_float(
-    'memory', None, 'Memory of each device in GB (10^9), if it differs.', 1.0
+    'memory',
+    None,
+    "Memory of each device in GB (10^9); overrides the chip's.",
+    1.0,
   )
   flags.DEFINE_integer(
     'breakdown', 0, 'Number of rows of a table of memory traffic.', 0

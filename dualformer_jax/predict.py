@@ -10,8 +10,8 @@ By default a video is scored as a whole, by the test views of the checkpoint.
 With --sliding it is scored window by window. Cameras and addresses are scored
 by windows until they end or the command is interrupted.
 
-The exit status is 0 if all videos were scored, 1 if some were, and 2 if none
-were.
+The exit status is 0 if all videos were scored, 1 if only some were, and 2 if
+none was.
 """
 
 import functools
@@ -53,8 +53,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'save',
     None,
-    'Write a copy without sound, with the predictions on it, to this .mp4 '
-    'file, or of several videos to this folder.',
+    'Write a copy of the video without sound, with the predictions drawn on '
+    'it, to this .mp4 file; for several videos, to this folder.',
   )
   flags.DEFINE_string(
     'features', None, 'An .npz file for `names` and mean `features`.'

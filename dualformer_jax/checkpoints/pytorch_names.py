@@ -26,8 +26,9 @@ _ARRAYS = {
   'var': 'running_var',
   'num_batches_tracked': 'num_batches_tracked',
 }
-# End of a Flax path (regex) -> axes in Flax and in PyTorch; the first match
-# counts. Attention has n heads of size e, and c of query, key and value.
+# End of a Flax path (regex) -> axes in Flax and in PyTorch; the first match is
+# used. n: attention heads; e: channels of a head; c: 2 projections (key, value)
+# or 3 (query, key, value).
 _LAYOUTS = {
   r'patch_embeds_\d+/proj/kernel': 'd h w i o -> o i d h w',
   r'(attn/(sr|lr_0|lr_3)|pos_block_\d+/proj_0)/kernel': 'd h w o -> o 1 d h w',

@@ -22,7 +22,7 @@ _MAX_CONFUSED_PAIRS = 20
 
 
 def details(result: Result, gflops: float) -> dict[str, Any]:
-  """Returns figures of report.json.
+  """Returns the numbers of report.json that depend on classes and views.
 
   `gflops` is billions of multiply-adds of one view, as papers count FLOPs.
   """
@@ -117,9 +117,9 @@ def view_subset(
 ) -> list[int]:
   """Returns the indices of the views that a smaller test would have used.
 
-  Its clips are at the centers of equal parts of the video: of clips 0 to 3, one
-  clip is clip 2 and two clips are clips 1 and 3. A single crop is the center
-  crop, which is the last of three.
+  A smaller test has clips at the centers of equal parts of the video: of clips
+  0 to 3, a test with one clip uses clip 2, a test with two uses clips 1 and 3.
+  A single crop is the center crop, which is the last of three.
   """
   chosen_clips = [(2 * i + 1) * num_clips // (2 * clips) for i in range(clips)]
   chosen_crops = range(num_crops) if crops == num_crops else [num_crops - 1]

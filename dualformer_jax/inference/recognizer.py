@@ -24,9 +24,10 @@ class Recognizer:
   """A video classifier with its preprocessing and class names.
 
   A video is a path or RGB frames, uint8 [t, h, w, 3]. Views are uint8 clips of
-  a video, [v, t, h, w, 3]. Clips are normalized float32 [b, t, h, w, 3]; see
-  `normalize`. Methods raise a UserError if a video cannot be decoded, or if
-  there is no such class, layer or token.
+  a video, [v, t, h, w, 3], as `views` returns them. Clips are normalized
+  float32 [b, t, h, w, 3], as `normalize` returns them. Methods raise a
+  UserError if a video cannot be decoded, or if there is no such class, layer or
+  token.
 
   Attributes:
     class_names: name of each class.
@@ -100,11 +101,11 @@ class Recognizer:
     )
 
   def logits(self, clips: Clips) -> Float[np.ndarray, 'b k']:
-    """Returns the class logits of each clip."""
+    """Returns the class logits of each normalized clip."""
     return np.asarray(self._apply(self.variables, clips).logits)
 
   def features(self, clips: Clips) -> Float[np.ndarray, 'b c']:
-    """Returns the features of each clip: the mean of `tokens`."""
+    """Returns the features of each normalized clip: the mean of `tokens`."""
     return np.asarray(self._apply(self.variables, clips).features)
 
   def tokens(
@@ -139,7 +140,7 @@ class Recognizer:
   def score(
     self, views: UInt8[np.ndarray, 'b t h w 3']
   ) -> tuple[Float[np.ndarray, 'b k'], Float[np.ndarray, 'b c']]:
-    """Returns class probabilities and features of each view.
+    """Returns class probabilities and features of each uint8 view.
 
     Their means over the views of a video are those of the video.
     """

@@ -39,15 +39,15 @@ def window_clips(
   A window lasts `window` seconds; by default it has as many frames as a clip
   spans. Windows start every `stride` seconds, by default back to back. Windows
   in which no frame starts are skipped. If the last one ends before the video, a
-  window that ends with the video is added.
-  A video shorter than a window is one window, whose frames are repeated.
+  window that ends with the video is added. A video shorter than a window is one
+  window, whose frames are repeated.
 
   Args:
-    frames: in order.
+    frames: frames in order.
     preprocessing: size and number of the frames of a clip.
     fps: average frames per second.
-    window: in seconds.
-    stride: in seconds.
+    window: length of a window in seconds.
+    stride: seconds from the start of a window to the next.
 
   Raises:
     UserError: a window takes too much memory.

@@ -100,7 +100,7 @@ class TrainLoader(Iterator[Batch]):
       host_batch: size of a global batch, and this host's rows of it.
       num_threads: threads that read and decode, one video each.
       prefetch: number of batches to read ahead; more if there are more threads.
-      token_labels: of the same videos; cropped as the clips are.
+      token_labels: stored labels of the same videos; cropped as the clips are.
 
     Raises:
       UserError: an argument is out of range; or (from next()) no video can be

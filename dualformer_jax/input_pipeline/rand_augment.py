@@ -42,7 +42,7 @@ class Operations:
   Attributes:
     color_ops: indices into COLOR_OPS in the order of application; 0 for a
       geometric operation.
-    magnitudes: of each operation, -1..1; the sign is the direction.
+    magnitudes: magnitude of each operation, -1..1; the sign is the direction.
     matrix: affine map of all geometric operations, from source pixels (x, y, 1)
       to target pixels.
   """
@@ -60,7 +60,7 @@ def draw(
   Args:
     rng: draws operations and signs.
     num_ops: number of operations.
-    magnitude: of all operations, 0..10.
+    magnitude: magnitude of all operations, 0..10.
     size: height and width of the clip, in pixels.
   """
   colors = COLOR_OPS[1:]

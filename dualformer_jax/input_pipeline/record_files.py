@@ -40,7 +40,7 @@ class ArrayRecordFiles:
     """Opens the files.
 
     Args:
-      paths: of the shards.
+      paths: paths of the shards.
       lengths: expected number of records in each shard.
 
     Raises:
@@ -79,9 +79,9 @@ class TFRecordFiles:
     """Loads the index, or builds and saves it.
 
     Args:
-      paths: of the shards.
+      paths: paths of the shards.
       lengths: expected number of records in each shard.
-      index_path: of the index.
+      index_path: file of the index.
 
     Raises:
       UserError: a file is damaged, or has another number of records.

@@ -82,11 +82,11 @@ class StoredLabels:
     """Opens a folder and checks that it belongs to a split.
 
     Args:
-      folder: that token_labels wrote.
-      dataset: the split.
+      folder: a folder that dualformer_jax.token_labels wrote.
+      dataset: the split of the labeled videos.
 
     Raises:
-      UserError: it is absent, incomplete, or of another dataset.
+      UserError: the folder is absent, incomplete, or of another dataset.
     """
     self.folder = pathlib.Path(folder).expanduser()
     meta = read_meta(self.folder)
@@ -125,11 +125,11 @@ class StoredLabels:
     """Returns the scores and classes nearest in time to a clip's tokens.
 
     Args:
-      index: of the video.
+      index: index of the video.
       frame_indices: first video frame of each frame of the clip's tokens.
 
     Raises:
-      RecordError: there are none, or they cannot be read.
+      RecordError: the video has no labels, or they cannot be read.
     """
     try:
       labels = VideoLabels.from_bytes(self._source[index])

@@ -1,6 +1,6 @@
 """Parameters and multiply-adds of each layer, from the shapes of a traced call.
 
-The rules are those of fvcore, which published figures use: a multiply-add is
+The rules are those of fvcore, which published numbers use: a multiply-add is
 one operation; linear layers, convolutions and the two products of attention
 count; a LayerNorm counts five operations per value, a BatchNorm two, a mean
 one. Biases, softmax, activations and sums do not count.

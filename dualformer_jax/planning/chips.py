@@ -1,4 +1,4 @@
-"""Published figures of accelerators, and devices to compile for."""
+"""Published numbers of accelerators, and devices to compile for."""
 
 from collections.abc import Sequence
 import dataclasses

@@ -39,7 +39,10 @@ class Settings:
 
   @classmethod
   def from_config(cls, config: setup.Config, target: Target) -> 'Settings':
-    """Returns the settings of a config; raises UserError if none fit."""
+    """Returns the settings of a config.
+
+    Raises UserError if they do not fit the devices or the batch.
+    """
     mesh = sharding.make_mesh(
       config.mesh.to_dict(),
       config.batch_size,

@@ -1,4 +1,4 @@
-"""Searches mesh, accumulation steps and remat for the fastest that fit."""
+"""Searches mesh, accumulation and remat for the fastest settings that fit."""
 
 from collections.abc import Iterator, Sequence
 import dataclasses

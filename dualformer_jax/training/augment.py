@@ -15,7 +15,8 @@ from dualformer_jax.input_pipeline import rand_augment
 _Clip = UInt8[Array, 't h w 3']
 _Number = Float[Array, '']
 
-# Folded into the batch's key; keys of the flip count from 0.
+# Folded into the batch's key. Large, as jax.random.split gives flips the keys
+# of 0, 1, ...
 _JITTER, _ERASING, _MIXING = 2**32 - 1, 2**32 - 2, 2**32 - 3
 # Range of an erased box's share of the frame area, and of its height / width.
 _ERASED_AREA = (0.02, 0.33)

@@ -70,7 +70,8 @@ class MetricWriter:
     ]
     with output_file(self._path) as file:
       file.write(''.join(kept).encode())
-    # TensorFlow's C++ code logs errors that it raises, and processors.
+    # Otherwise TensorFlow's C++ code logs the instructions of the CPU, and
+    # errors that it also raises.
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
     try:
       from clu import metric_writers

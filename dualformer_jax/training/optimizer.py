@@ -76,9 +76,8 @@ def make_optimizer(
   """Returns AdamW with a learning rate and a weight decay for each parameter.
 
   The update is p -= lr * (adam(gradient) + decay * p), as torch.optim.AdamW
-  does with parameter groups (Loshchilov and Hutter, arXiv 1711.05101, algorithm
-  2).
-  Options are those of `config.optimizer`; `params` can be shapes.
+  does with parameter groups (Loshchilov and Hutter, arXiv 1711.05101,
+  algorithm 2). Options are those of `config.optimizer`; `params` can be shapes.
   """
   tree = parameter_multipliers(params, multipliers, layer_decay, frozen)
 

@@ -31,7 +31,8 @@ class StepOptions:
   label_smoothing: float = 0.0
   token_loss_weight: float = 0.5
   ema_decay: float = 0.0
-  frozen: str = ''  # also of BatchNorm statistics
+  # Regular expression of frozen parameters and BatchNorm statistics.
+  frozen: str = ''
 
 
 def train_step(

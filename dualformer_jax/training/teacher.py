@@ -37,7 +37,10 @@ class Teacher:
 def teacher_from_labels(
   config: Any, model: DualFormer, stored: StoredLabels | None = None
 ) -> Teacher:
-  """Returns a teacher from stored labels; None to compile without data."""
+  """Returns a teacher from stored labels.
+
+  `stored` is None when compiling without data.
+  """
   _, rows, columns = model.token_grid()
   top = config.token_labels.top or model.num_classes
   targets = functools.partial(

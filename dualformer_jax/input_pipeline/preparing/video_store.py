@@ -22,7 +22,7 @@ _VERSION = 3
 class StoredVideo:
   """The result of storing a video: digest, size and signature of its content.
 
-  `reason` is why it cannot be stored, '' if it is.
+  `reason` is why it cannot be stored, '' if it was stored.
   """
 
   reason: str
