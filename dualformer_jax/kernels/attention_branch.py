@@ -1,4 +1,4 @@
-"""The first half of a block as one operation, where a platform has a kernel."""
+"""The attention branch of a block as one operation, where there is a kernel."""
 
 from collections.abc import Callable, Sequence
 import math

@@ -1,4 +1,4 @@
-"""The second half of a block: x + scale * mlp(norm(x)) as one operation."""
+"""The MLP branch of a block: x + scale * mlp(norm(x)) as one operation."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Both halves of a block as kernels for TPUs agree with float64."""
+"""Both branches of a block as kernels for TPUs agree with float64."""
 
 import functools
 import math
