@@ -586,7 +586,9 @@ def test_each_unreadable_video_has_an_error_line(predict, files):
 # --- Documentation
 
 
-def test_documented_search_finds_nearest_neighbors(predict, tmp_path):
+def test_documented_search_finds_nearest_neighbors(
+  predict, checkpoint, tmp_path
+):
   folder = tmp_path / 'videos'
   for seed in range(4):
     write(folder / f'{seed}.mp4', noise(24, seed))
@@ -599,10 +601,11 @@ def test_documented_search_finds_nearest_neighbors(predict, tmp_path):
   flags = [a for a in arguments.split() if not a.startswith('--checkpoint')]
   done = predict(*flags)
   assert done.returncode == 0, done.stderr
-  (code,) = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  code, other = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+  variables: dict[str, Any] = {}
   printed = io.StringIO()
   with contextlib.redirect_stdout(printed):
-    exec(code.replace('videos/query.mp4', 'videos/2.mp4'), {})
+    exec(code.replace('videos/query.mp4', 'videos/2.mp4'), variables)
   rows = [line.split() for line in printed.getvalue().splitlines()]
   with np.load('features.npz') as file:
     names, features = file['names'].tolist(), file['features']
@@ -621,3 +624,7 @@ def test_documented_search_finds_nearest_neighbors(predict, tmp_path):
   assert [float(value) for value, _ in rows] == pytest.approx(
     [similarities[name] for name in expected], abs=6e-4
   )
+  other = other.replace('checkpoints/tiny', str(checkpoint))
+  exec(other.replace('other.mp4', 'videos/1.mp4'), variables)
+  assert variables['similarity'].max() == pytest.approx(1, abs=1e-3)
+  assert names[variables['nearest'][0]] == 'videos/1.mp4'
