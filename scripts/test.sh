@@ -23,6 +23,7 @@ export XLA_FLAGS="$flags ${XLA_FLAGS-}"
 export JAX_COMPILATION_CACHE_DIR=$venv/compiled_tests
 export JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
-# The tests of a file share what they prepare, so they run in one process.
+# The tests of a file share what they prepare, so they run in one process. The
+# order of files is that of tests/conftest.py.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
-  --dist=loadfile "$@"
+  --dist=loadfile --no-loadscope-reorder "$@"

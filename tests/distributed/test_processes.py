@@ -1,4 +1,4 @@
-"""Several processes compute the same as one; no process outlives another."""
+"""Several processes and devices train as one; no process outlives another."""
 
 from __future__ import annotations
 
@@ -49,12 +49,17 @@ class Launcher:
     name: str,
     *flags: str,
     of_last: tuple[str, ...] = (),
+    num_devices: int = 1,
   ) -> Run:
     with socket.socket() as free:
       free.bind(('127.0.0.1', 0))
       port = free.getsockname()[1]
     self._runs += 1
     logs = [self._root / f'run{self._runs}.{i}.log' for i in range(count)]
+    xla_flags = (
+      f'--xla_force_host_platform_device_count={num_devices} '
+      + training_command.UNOPTIMIZED
+    )
     started = []
     for index, log in enumerate(logs):
       others = (
@@ -74,7 +79,7 @@ class Launcher:
         started.append(
           subprocess.Popen(
             command,
-            env=self._environment,
+            env={**self._environment, 'XLA_FLAGS': xla_flags},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=stderr,
@@ -188,41 +193,50 @@ def assert_same_run(workdir: pathlib.Path, alone: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_process_ends_the_other_and_the_run_resumes_exactly(
-  launcher, alone
-):
-  for victim, step in ((1, 5), (0, 9)):
-    run = launcher.start(2, 'killed')
+def test_run_resumes_exactly_with_other_numbers_of_processes(launcher, alone):
+  """A run of 2, 4, 2 and 1 processes, which end in three ways."""
+  checkpoints = launcher.workdir('resumed') / 'checkpoints'
+
+  def kill_one_of_two(victim: int, step: int) -> Run:
+    run = launcher.start(2, 'resumed')
     run.signal_after_step(step, victim, signal.SIGKILL)
     statuses = run.wait(SECONDS)
     assert statuses[victim] == -signal.SIGKILL
     assert statuses[1 - victim] not in (0, -signal.SIGKILL)
-  run = launcher.start(2, 'killed')
-  assert run.wait() == [0, 0], run.log(0) + run.log(1)
-  assert re.search(r'resumed .*/killed/checkpoints/\d+', run.log(0))
-  # Only process 0 logs its progress and writes the metrics.
-  assert 'loop.py' not in run.log(1)
-  assert len(training_command.scalars(launcher.workdir('killed'))[0]) == 3
-  assert_same_run(launcher.workdir('killed'), alone)
+    return run
+
+  kill_one_of_two(victim=1, step=5)
+
+  # SIGTERM of one process stops all at the same step. The two processes along
+  # `tensor` read the same part of a batch.
+  mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
+  run = launcher.start(4, 'resumed', *mesh)
+  run.signal_after_step(6, 2, signal.SIGTERM)
+  assert run.wait() == 4 * [128 + signal.SIGTERM], run.log(0)
+  (folder,) = checkpoints.iterdir()
+  assert 6 <= int(folder.name) < NUM_STEPS
+  assert (folder / 'SHA256SUMS').is_file()
+  # Only process 0 logs its progress.
+  assert not any('loop.py' in run.log(i) for i in (1, 2, 3))
+
+  run = kill_one_of_two(victim=0, step=int(folder.name) + 1)
+  assert f'resumed {folder}\n' in run.log(0)
+
+  run = launcher.start(1, 'resumed')
+  assert run.wait() == [0], run.log(0)
+  assert re.search(rf'resumed {checkpoints}/\d+\n', run.log(0))
+  # Only process 0 writes the metrics.
+  assert len(training_command.scalars(launcher.workdir('resumed'))[0]) == 4
+  assert_same_run(launcher.workdir('resumed'), alone)
 
 
 @pytest.mark.slow
-def test_four_processes_stop_at_one_step_and_one_process_resumes(
-  launcher, alone
-):
-  # The two processes along `tensor` read the same part of a batch.
-  mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
-  run = launcher.start(4, 'four', *mesh)
-  run.signal_after_step(5, 2, signal.SIGTERM)
-  assert run.wait() == 4 * [128 + signal.SIGTERM], run.log(0)
-  (folder,) = (launcher.workdir('four') / 'checkpoints').iterdir()
-  assert 5 <= int(folder.name) < NUM_STEPS
-  assert (folder / 'SHA256SUMS').is_file()
-  assert not any('loop.py' in run.log(i) for i in (1, 2, 3))
-  run = launcher.start(1, 'four')
+def test_several_devices_train_as_one_does(launcher, alone):
+  name = 'devices'
+  flags = [f'--config.mesh.{axis}=2' for axis in ('data', 'fsdp', 'tensor')]
+  run = launcher.start(1, name, *flags, num_devices=8)
   assert run.wait() == [0], run.log(0)
-  assert f'resumed {folder}\n' in run.log(0)
-  assert_same_run(launcher.workdir('four'), alone)
+  assert_same_run(launcher.workdir(name), alone)
 
 
 @pytest.mark.slow

@@ -1,9 +1,7 @@
 """Sharding changes what each device holds, never what a step computes."""
 
 import json
-import pathlib
 import re
-import subprocess
 
 import jax
 import numpy as np
@@ -13,7 +11,7 @@ from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.models.dualformer import DualFormer
-from tests import eight_devices, reference_arrays, training_command
+from tests import eight_devices, reference_arrays
 
 P = jax.P
 
@@ -193,56 +191,3 @@ def test_indivisible_batch_raises(batch_size, num_microbatches):
   ):
     sharding.make_mesh(axes, batch_size, num_microbatches)
   sharding.make_mesh(axes, 2 * num_microbatches * devices, num_microbatches)
-
-
-# --- Runs
-
-
-@pytest.fixture(scope='module', name='trainings')
-def _trainings(motion_dataset, compilation_cache, tmp_path_factory):
-  """Returns workdirs of 12 steps on 1 and on 8 virtual devices."""
-  root = tmp_path_factory.mktemp('trainings')
-
-  def train(axes: tuple[int, int, int]) -> pathlib.Path:
-    workdir = root / 'x'.join(map(str, axes))
-    environment = training_command.environment(
-      compilation_cache, with_scalars=True
-    )
-    done = subprocess.run(
-      training_command.command(
-        *training_command.TINY,
-        *('--config.num_epochs=2', '--config.validation.every_epochs=2'),
-        '--config.log_every_steps=1',
-        f'--config.dataset.data_dir={motion_dataset}',
-        *(
-          f'--config.mesh.{name}={size}'
-          for name, size in zip(sharding.AXES, axes, strict=True)
-        ),
-        workdir=workdir,
-      ),
-      env={
-        **environment,
-        'XLA_FLAGS': f'--xla_force_host_platform_device_count={np.prod(axes)} '
-        + training_command.UNOPTIMIZED,
-      },
-      capture_output=True,
-      text=True,
-      timeout=900,
-    )
-    assert done.returncode == 0, done.stderr
-    return workdir
-
-  return [train(axes) for axes in ((1, 1, 1), (2, 2, 2))]
-
-
-@pytest.mark.slow
-def test_training_does_not_depend_on_the_number_of_devices(trainings):
-  alone, other = (training_command.scalars(w)[1] for w in trainings)
-  losses = [key for key in alone if key[0] == 'train/loss']
-  both = [key for key in losses if key in other]
-  assert len(both) == 12
-  np.testing.assert_allclose(
-    [other[key] for key in both], [alone[key] for key in both], atol=1e-4
-  )
-  reports = [json.loads((w / 'report.json').read_text()) for w in trainings]
-  assert len({report['top1'] for report in reports}) == 1

@@ -24,7 +24,7 @@ import pytest
 from tests import training_command
 
 pytestmark = pytest.mark.slow
-NUM_KILLS = 5
+NUM_KILLS = 4
 # 6 per epoch; more than the fastest machine does between kills.
 NUM_STEPS = 54
 FLAGS = (
