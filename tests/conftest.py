@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import jaxtyping
 import pytest
 
 from dualformer_jax import command_line
@@ -36,6 +37,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """
   slow_files = {i.path for i in items if i.get_closest_marker('slow')}
   items.sort(key=lambda item: item.path not in slow_files)
+
+
+@pytest.fixture(autouse=True)
+def _check_shapes_in_fast_tests(
+  request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+  """Leaves checks of shapes and types, which take time, to the fast tests."""
+  if request.node.get_closest_marker('slow'):
+    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
 
 
 @pytest.fixture(autouse=True)

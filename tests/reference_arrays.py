@@ -44,6 +44,12 @@ MODELS = {
 }
 
 
+def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+  """Reads the arrays of an .npz file, by default one of the figures."""
+  with np.load(DIRECTORY / path) as arrays:
+    return dict(arrays)
+
+
 def shapes(name: str) -> dict[str, tuple[int, ...]]:
   """Returns PyTorch parameter name -> shape, in the order of a state_dict."""
   text = (DIRECTORY / 'shapes' / f'{name}.json').read_text()

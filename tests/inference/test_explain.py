@@ -51,7 +51,7 @@ def test_gradcam_agrees_with_the_published_implementation():
   )
   micro = Recognizer(variables, metadata, pathlib.Path(), 'float32')
   clips = reference_arrays.clips(4, 32, 224, seed=1)[:1]
-  figures = np.load(reference_arrays.DIRECTORY / 'gradcam_micro_seed1.npz')
+  figures = reference_arrays.load('gradcam_micro_seed1.npz')
   for layer in ('backbone.blocks.3.1', 'backbone.blocks.2.0'):
     for name, label in (('top', None), ('label2', 'class 2')):
       maps = micro.gradcam(clips, layer, label)

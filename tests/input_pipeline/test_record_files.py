@@ -16,7 +16,7 @@ import pytest
 from dualformer_jax import files
 from dualformer_jax.input_pipeline import record_files
 from dualformer_jax.input_pipeline.dataset import PreparedDataset, RecordError
-from tests import conftest
+from tests import conftest, reference_arrays
 from tests.input_pipeline.loaders import open_error, read_all
 
 FORMATS = ('tfrecord', 'array_record')
@@ -160,10 +160,10 @@ def test_unusable_index_is_rebuilt(copied, spoil):
   folder = copied()
   expected = read_all(folder)
   path = folder / 'levels-train.index.npz'
-  good = dict(np.load(path))
+  good = reference_arrays.load(path)
   spoil(path)
   assert read_all(folder) == expected
-  for name, array in dict(np.load(path)).items():
+  for name, array in reference_arrays.load(path).items():
     np.testing.assert_array_equal(array, good[name])
 
 

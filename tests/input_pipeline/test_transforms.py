@@ -11,7 +11,7 @@ import pytest
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import transforms, video_reader, video_writer
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
-from tests import tfds_command
+from tests import reference_arrays, tfds_command
 from tests.input_pipeline import videos
 
 FIGURES = sorted(
@@ -31,7 +31,7 @@ RECIPES = {
 @pytest.mark.parametrize('path', FIGURES, ids=lambda path: path.stem)
 def test_views_of_real_clips_match_the_reference(clips_dir, path):
   clip, recipe = path.stem.split('.')
-  figure = np.load(path)
+  figure = reference_arrays.load(path)
   (video,) = clips_dir.glob(f'{clip}.*')
   preprocessing, short_side = RECIPES[recipe]
   found = transforms.eval_views(video, preprocessing, short_side=short_side)
@@ -76,7 +76,7 @@ def test_views_from_verbatim_datasets_match_the_reference(clips_dir, tmp_path):
   assert found['tfrecord'] == found['array_record']
   for path in FIGURES:
     clip, recipe = path.stem.split('.')
-    figure = np.load(path)
+    figure = reference_arrays.load(path)
     preprocessing, short_side = RECIPES[recipe]
     pixels = transforms.eval_views(
       found['array_record'][clip], preprocessing, short_side=short_side

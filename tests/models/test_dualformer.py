@@ -82,7 +82,7 @@ def test_forward_agrees_with_the_published_implementation(
 ):
   model, variables = converted(name, tmp_path)
   model = model.clone(kernels=kernels)
-  figures = np.load(reference_arrays.DIRECTORY / f'forward_{name}_seed1.npz')
+  figures = reference_arrays.load(f'forward_{name}_seed1.npz')
   batch = len(figures['logits'])
   clips = reference_arrays.clips(batch, model.num_frames, 224, seed=1)
   apply = jax.jit(lambda v, x: model.apply(v, x, mutable=['intermediates']))

@@ -36,7 +36,7 @@ def test_forward_agrees_with_the_published_implementation(
   torch_peer, name, attention
 ):
   fields = reference_arrays.MODELS[name]
-  figures = np.load(reference_arrays.DIRECTORY / f'forward_{name}_seed1.npz')
+  figures = reference_arrays.load(f'forward_{name}_seed1.npz')
   model = torch_peer.DualFormer(**fields, attention=attention).eval()
   torch_peer.load(model, reference_arrays.state_dict(name, seed=1))
   batch = len(figures['logits'])

@@ -47,7 +47,7 @@ STUDENT = (*training_command.TINY, '--config.model.token_label=True')
 
 @pytest.mark.parametrize('case', ['same', 'ratio'])
 def test_loss_agrees_with_the_published_implementation(case):
-  arrays = np.load(reference_arrays.DIRECTORY / 'tokenlabel_seed1.npz')
+  arrays = reference_arrays.load('tokenlabel_seed1.npz')
   student, teacher, logits, labels, expected = (
     arrays[f'{case}_{name}']
     for name in (
