@@ -32,6 +32,7 @@ def get_config() -> config_dict.ConfigDict:
   config.model.dtype = 'float32'
   config.dataset.name = 'motion'
   config.dataset.frame_interval = 1
+  config.dataset.start_multiple = 1
   config.dataset.train_short_side = 32
   # Flips would change the direction, crops could cut off the shape.
   config.dataset.random_crop = False

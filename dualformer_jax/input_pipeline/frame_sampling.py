@@ -25,11 +25,17 @@ def eval_frames(
 
 
 def train_frames(
-  total: int, clip_len: int, interval: int, rng: np.random.Generator
+  total: int,
+  clip_len: int,
+  interval: int,
+  rng: np.random.Generator,
+  start_multiple: int = 1,
 ) -> Int[np.ndarray, ' frames']:
-  """Samples a random clip of a video."""
+  """Samples a random clip, which starts at a multiple of `start_multiple`."""
   num_starts = total - clip_len * interval + 1  # Of clips that are not looped.
-  offset = rng.integers(num_starts) if num_starts > 0 else 0
+  offset = 0
+  if num_starts > 0:
+    offset = start_multiple * rng.integers(-(-num_starts // start_multiple))
   return (offset + np.arange(clip_len) * interval) % total
 
 

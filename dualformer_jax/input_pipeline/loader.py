@@ -71,7 +71,8 @@ class TrainLoader(Iterator[Batch]):
   the next. A video that cannot be decoded is logged and replaced by the next
   readable one of the stream. Reading begins with the first call of next().
 
-  Batches are dicts with `clips`, uint8 [rows, frames, size, size, 3]; `labels`,
+  Batches are dicts with `clips`, uint8 [rows, frames, size, size, 3] or, with
+  `yuv420`, [rows, frames, 3 / 2 * size, size]; `labels`,
   int32 [rows], or float32 [rows, classes] for datasets with several labels; and
   `video_ids`, a list of str. With RandAugment also `color_ops`, int32, and
   `magnitudes`, float32, both [rows, operations]: see rand_augment.Operations.

@@ -40,6 +40,8 @@ class TrainOptions:
     seed: seed of order, frames, crops and operations; 0 to 2**32 - 1.
     short_side: size of the frames' short side before cropping.
     random_crop: whether to take random crops; otherwise the center crop.
+    start_multiple: clips of dense sampling start at multiples of this frame.
+    yuv420: clips are YUV instead of RGB: see transforms.to_yuv420.
     repeats: clips of each video, which are consecutive in the stream (repeated
       augmentation, Hoffer et al., arXiv 1901.09335).
     class_balanced: draws every class equally often: one video of each class
@@ -51,6 +53,8 @@ class TrainOptions:
   seed: int
   short_side: int = 256
   random_crop: bool = True
+  start_multiple: int = 1
+  yuv420: bool = False
   repeats: int = 1
   class_balanced: bool = False
   rand_augment_ops: int = 0
@@ -129,17 +133,20 @@ class TrainStream:
     """Returns a clip of a video for each position."""
     p, options = self._preprocessing, self.options
     rngs = [np.random.default_rng((options.seed, i)) for i in positions]
+    warped = options.rand_augment_ops > 0  # in RGB
     all_pixels, locations = transforms.train_clips(
       example.video,
       p,
       rngs,
       short_side=options.short_side,
       random_crop=options.random_crop,
+      start_multiple=options.start_multiple,
+      yuv420=options.yuv420 and not warped,
     )
     clips = []
     for pixels, location, rng in zip(all_pixels, locations, rngs, strict=True):
       clip: Clip = {'labels': example.label, 'video_ids': example.video_id}
-      if options.rand_augment_ops:
+      if warped:
         operations = rand_augment.draw(
           rng,
           options.rand_augment_ops,
@@ -147,6 +154,8 @@ class TrainStream:
           p.image_size,
         )
         pixels = rand_augment.warp(pixels, operations.matrix, p.pixel_mean)
+        if options.yuv420:
+          pixels = np.stack([transforms.to_yuv420(frame) for frame in pixels])
         clip['color_ops'] = operations.color_ops
         clip['magnitudes'] = operations.magnitudes
       if self._token_labels is not None:

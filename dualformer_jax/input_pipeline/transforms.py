@@ -15,6 +15,7 @@ import numpy as np
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import frame_sampling, video_container
 from dualformer_jax.input_pipeline.video_reader import (
+  Planes,
   Source,
   Transform,
   VideoError,
@@ -121,7 +122,13 @@ def train_clips(
   *,
   short_side: int = 256,
   random_crop: bool = True,
-) -> tuple[UInt8[np.ndarray, 'clips frames size size 3'], list[ClipLocation]]:
+  start_multiple: int = 1,
+  yuv420: bool = False,
+) -> tuple[
+  UInt8[np.ndarray, 'clips frames size size 3']
+  | UInt8[np.ndarray, 'clips frames rows size'],
+  list[ClipLocation],
+]:
   """Draws random clips of a video, each with one random crop for its frames.
 
   The frames of all clips are decoded together. Flips are left to the device.
@@ -132,44 +139,73 @@ def train_clips(
     rngs: one for each clip; draws its frames and its crop.
     short_side: size of the frames' short side before cropping.
     random_crop: False takes the center crop.
+    start_multiple: clips start at multiples of this frame; dense sampling only.
+    yuv420: returns YUV instead of RGB, with rows = 3 / 2 * size: see to_yuv420.
 
   Returns:
-    The clips, RGB, and where in the video each of them is.
+    The clips, and where in the video each of them is.
 
   Raises:
     VideoError: the video cannot be decoded, or has no frames.
   """
   p = preprocessing
+  size = p.image_size
+  shape = (3 * size // 2, size) if yuv420 else (size, size, 3)
+  clips = np.empty((len(rngs), p.num_frames, *shape), np.uint8)
   with _open(video) as reader:
-    indices = [train_frame_indices(p, len(reader), rng) for rng in rngs]
-    transform = functools.partial(resize_short_side, size=short_side)
-    frames = reader.get_frames(np.concatenate(indices), transform)
-  height, width = frames.shape[1:3]
-  clips, locations = [], []
-  for clip, clip_indices, rng in zip(
-    np.split(frames, len(rngs)), indices, rngs, strict=True
-  ):
-    if random_crop:
-      box = _random_box(clip, rng)
+    indices = np.stack(
+      [train_frame_indices(p, len(reader), r, start_multiple) for r in rngs]
+    )
+    frame_size, boxes = (0, 0), []
+
+    def draw_boxes(size: tuple[int, int]) -> list[Box]:
+      if random_crop:
+        return [_random_box(size, rng) for rng in rngs]
+      return [_center_box(size, p.image_size) for _ in rngs]
+
+    if yuv420 and reader.planes_short_side == short_side:
+      # Cropped as they are stored, as they need no resizing before.
+      for index, planes in reader.iter_planes(indices.ravel()):
+        if not boxes:
+          frame_size = planes[0].shape[0], planes[0].shape[1]
+          boxes = [_even_box(box) for box in draw_boxes(frame_size)]
+        for clip, place in zip(*np.nonzero(indices == index), strict=True):
+          _resize_planes_to(clips[clip, place], planes, boxes[clip])
     else:
-      box = _center_box(clip, p.image_size)
-    clips.append(resize(_crop(clip, box), p.image_size, p.image_size))
+      for index, frame in reader.iter_frames(indices.ravel()):
+        frame = resize_short_side(frame, short_side)
+        if not boxes:
+          frame_size = frame.shape[0], frame.shape[1]
+          boxes = draw_boxes(frame_size)
+        for clip, place in zip(*np.nonzero(indices == index), strict=True):
+          crop = _crop(frame, boxes[clip])
+          if yuv420:
+            clips[clip, place] = to_yuv420(resize(crop, size, size))
+          else:
+            resize_to(clips[clip, place], crop)
+  locations = []
+  for clip_indices, box in zip(indices, boxes, strict=True):
     if p.sampling == 'dense':  # Undoes looping.
       offsets = np.arange(p.num_frames) * p.frame_interval
       clip_indices = clip_indices[0] + offsets
-    fractions = np.divide(box, (height, width, height, width))
+    fractions = np.divide(box, frame_size * 2)
     locations.append(ClipLocation(clip_indices, tuple(fractions.tolist())))
-  return np.stack(clips), locations
+  return clips, locations
 
 
 def train_frame_indices(
-  preprocessing: Preprocessing, total: int, rng: np.random.Generator
+  preprocessing: Preprocessing,
+  total: int,
+  rng: np.random.Generator,
+  start_multiple: int = 1,
 ) -> Int[np.ndarray, ' t']:
   """Draws the frames of a training clip of a video with `total` frames."""
   p = preprocessing
   if p.sampling == 'uniform':
     return frame_sampling.uniform_train_frames(total, p.num_frames, rng)
-  return frame_sampling.train_frames(total, p.num_frames, p.frame_interval, rng)
+  return frame_sampling.train_frames(
+    total, p.num_frames, p.frame_interval, rng, start_multiple
+  )
 
 
 def eval_frame_indices(
@@ -195,13 +231,19 @@ def resize(
     return frames
   resized = np.empty((*times, height, width, 3), np.uint8)
   for index in np.ndindex(*times):
-    cv2.resize(
-      frames[index],
-      (width, height),
-      resized[index],
-      interpolation=cv2.INTER_LINEAR,
-    )
+    resize_to(resized[index], frames[index])
   return resized
+
+
+def resize_to(
+  target: UInt8[np.ndarray, 'h2 w2 3'], frame: UInt8[np.ndarray, 'h w 3']
+) -> None:
+  """Writes a resized frame to `target`; see resize."""
+  height, width = target.shape[:2]
+  if frame.shape == target.shape:
+    target[...] = frame
+  else:
+    cv2.resize(frame, (width, height), target, interpolation=cv2.INTER_LINEAR)
 
 
 def resize_short_side(
@@ -231,7 +273,7 @@ def center_crop(
   Raises:
     ValueError: the frames are smaller than `size`.
   """
-  return _crop(frames, _center_box(frames, size))
+  return _crop(frames, _center_box(frames.shape[1:3], size))
 
 
 def three_crops(
@@ -246,7 +288,7 @@ def three_crops(
     ValueError: the frames are smaller than `size`.
   """
   height, width = frames.shape[1:3]
-  top, left, _, _ = _center_box(frames, size)
+  top, left, _, _ = _center_box((height, width), size)
   if width >= height:
     corners = [(top, 0), (top, 2 * left), (top, left)]
   else:
@@ -263,13 +305,11 @@ def random_resized_crop(
   in 3/4..4/3. After ten draws that do not fit, the center square is taken
   (Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842).
   """
-  return resize(_crop(frames, _random_box(frames, rng)), size, size)
+  return resize(_crop(frames, _random_box(frames.shape[1:3], rng)), size, size)
 
 
-def _random_box(
-  frames: UInt8[np.ndarray, 't h w 3'], rng: np.random.Generator
-) -> Box:
-  height, width = frames.shape[1:3]
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
+  height, width = size
   for _ in range(_MAX_CROP_ATTEMPTS):
     area = rng.uniform(_MIN_AREA, 1.0) * height * width
     aspect = _MAX_ASPECT ** rng.uniform(-1.0, 1.0)
@@ -283,8 +323,8 @@ def _random_box(
   return (height - side) // 2, (width - side) // 2, side, side
 
 
-def _center_box(frames: UInt8[np.ndarray, 't h w 3'], size: int) -> Box:
-  height, width = frames.shape[1:3]
+def _center_box(frame_size: tuple[int, int], size: int) -> Box:
+  height, width = frame_size
   if min(height, width) < size:
     raise ValueError(
       f'frames of {width}x{height} pixels are smaller than the crop of {size}'
@@ -292,11 +332,41 @@ def _center_box(frames: UInt8[np.ndarray, 't h w 3'], size: int) -> Box:
   return (height - size) // 2, (width - size) // 2, size, size
 
 
+def _even_box(box: Box) -> Box:
+  """Returns a box of even numbers, which has whole pixels of chroma."""
+  top, left, height, width = (number - number % 2 for number in box)
+  return top, left, max(2, height), max(2, width)
+
+
+def to_yuv420(
+  frame: UInt8[np.ndarray, 'size size 3'],
+) -> UInt8[np.ndarray, 'rows size']:
+  """Converts an RGB frame to YUV 4:2:0, BT.601 of limited range.
+
+  The rows of luma are followed by both planes of chroma, blue and red, each of
+  half the height and width and without gaps (I420). `size` is even.
+  """
+  return cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
+
+
+def _resize_planes_to(
+  target: UInt8[np.ndarray, 'rows size'], planes: Planes, box: Box
+) -> None:
+  """Writes a resized crop of luma and chroma, as of to_yuv420, to `target`."""
+  size = target.shape[1]
+  chroma = target[size:].reshape(2, size // 2, size // 2)
+  for plane, out in zip(planes, (target[:size], *chroma), strict=True):
+    scale = len(planes[0]) // len(plane)
+    top, left, height, width = (number // scale for number in box)
+    crop = plane[top : top + height, left : left + width]
+    cv2.resize(crop, out.shape, out, interpolation=cv2.INTER_LINEAR)
+
+
 def _crop(
-  frames: UInt8[np.ndarray, 't h w 3'], box: Box
-) -> UInt8[np.ndarray, 't h2 w2 3']:
+  frames: UInt8[np.ndarray, '*t h w 3'], box: Box
+) -> UInt8[np.ndarray, '*t h2 w2 3']:
   top, left, height, width = box
-  return frames[:, top : top + height, left : left + width]
+  return frames[..., top : top + height, left : left + width, :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +374,7 @@ class _FramesInMemory:
   """Frames with the methods of VideoReader that are used here."""
 
   frames: UInt8[np.ndarray, 't h w 3']
+  planes_short_side = None
 
   def __len__(self) -> int:
     return len(self.frames)
@@ -312,6 +383,16 @@ class _FramesInMemory:
     self, indices: Int[np.ndarray, ' n'], transform: Transform
   ) -> UInt8[np.ndarray, 'n h2 w2 3']:
     return np.stack([transform(self.frames[index]) for index in indices])
+
+  def iter_frames(
+    self, indices: Int[np.ndarray, ' n']
+  ) -> Iterator[tuple[int, UInt8[np.ndarray, 'h w 3']]]:
+    return ((int(index), self.frames[index]) for index in np.unique(indices))
+
+  def iter_planes(
+    self, indices: Int[np.ndarray, ' n']
+  ) -> Iterator[tuple[int, Planes]]:
+    raise NotImplementedError  # as planes_short_side is None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import io
 import itertools
 import math
 import os
+import re
 import stat
 from typing import Any
 
@@ -49,6 +50,18 @@ _PYAV_OPTIONS: dict[str, Any] = (
   if int(av.__version__.split('.')[0]) < 19
   else {}
 )
+# Options of x264, with which video_writer encodes. From a keyframe to the next,
+# B-frames are at odd positions, and so is the last frame, if there is an even
+# number. No other frame is predicted from those.
+_ODD_FRAMES_ARE_OPTIONAL = {
+  b'bframes=1',
+  b'b_pyramid=0',
+  b'b_adapt=0',
+  b'open_gop=0',
+  b'scenecut=0',
+  b'intra_refresh=0',
+  b'interlaced=0',
+}
 # What PyAV raises. Most FFmpegErrors are one of the others as well.
 FAILURES = (av.error.FFmpegError, OSError, ValueError, MemoryError)
 
@@ -91,6 +104,9 @@ class VideoContainer:
     av: PyAV's container. Reading packets and seeking move its position.
     stream: PyAV's video stream: the default one, or else the largest.
     size: height and width of the stored pictures, before they are oriented.
+    odd_frames_are_optional: whether the frames of even indices can be decoded
+      without the others, if keyframes have even indices, as in files of
+      video_writer.
   """
 
   def __init__(self, source: Source):
@@ -120,6 +136,14 @@ class VideoContainer:
       if not num_bytes:
         raise self.error('is empty (0 bytes)')
       self._is_complete = _is_complete(file, num_bytes)
+      file.seek(0)
+      # In the first packet of the stream, and no other.
+      options = re.search(
+        rb'x264 - core .*? options: ([ -~]*)', file.read(2048)
+      )
+      self.odd_frames_are_optional = bool(
+        options and set(options[1].split()) >= _ODD_FRAMES_ARE_OPTIONAL
+      )
       file.seek(0)
       try:
         # FFmpeg reads a path faster by itself. The prefix keeps it from
@@ -219,14 +243,29 @@ class VideoContainer:
     """
     count = 0
     for packet in self.packets():
-      try:
-        pictures = packet.decode()
-      except FAILURES as error:
-        raise self.error(
-          f'cannot be decoded after {count} frames', error
-        ) from error
+      pictures = self.decode_packet(packet, count)
       yield from pictures
       count += len(pictures)
+
+  def decode_packet(
+    self, packet: av.Packet | None, count: int = 0
+  ) -> list[av.VideoFrame]:
+    """Returns the pictures that a packet completes, or for None all others.
+
+    Args:
+      packet: the next one to decode.
+      count: number of pictures decoded before, for the error.
+
+    Raises:
+      VideoError: the packet cannot be decoded.
+    """
+    context: Any = self.stream.codec_context
+    try:
+      return context.decode(packet)
+    except FAILURES as error:
+      raise self.error(
+        f'cannot be decoded after {count} frames', error
+      ) from error
 
   def decode_between(
     self, start: float, end: float, step: float
@@ -315,24 +354,33 @@ class VideoContainer:
   def _index_from_header(self) -> FrameIndex | None:
     """Builds the index ten times faster, without reading packets.
 
-    The header has decoding times, so this returns None unless frames are
-    stored in the order in which they are shown.
+    The header has decoding times. This returns None unless they are also the
+    presentation times, or those differ by a constant: where video_writer stores
+    frames with a constant frame rate.
     """
     context = self.stream.codec_context
-    if context.name not in ('h264', 'mjpeg') or context.has_b_frames:
+    if context.name not in ('h264', 'mjpeg'):
+      return None
+    if context.has_b_frames and not self.odd_frames_are_optional:
       return None
     entries = list(self.stream.index_entries)
     times = [entry.timestamp for entry in entries]
     keyframes = [i for i, entry in enumerate(entries) if entry.is_keyframe]
+    steps = {b - a for a, b in itertools.pairwise(times)}
+    start = self.stream.start_time
     if (
       not self._is_complete
       or not 0 < self.stream.frames == len(entries)
-      or times[0] != self.stream.start_time
+      or start is None
       or any(entry.is_discard for entry in entries)
-      or any(b <= a for a, b in itertools.pairwise(times))
+      or min(steps, default=1) <= 0
       or keyframes[:1] != [0]
     ):
       return None
+    if times[0] != start:
+      if not context.has_b_frames or len(steps) > 1:
+        return None
+      times = [time - times[0] + start for time in times]
     return FrameIndex(times, keyframes)
 
 

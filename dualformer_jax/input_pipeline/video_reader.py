@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 import contextlib
 import functools
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import cv2
@@ -29,12 +29,23 @@ from dualformer_jax.input_pipeline.video_container import (
 )
 
 Frame = UInt8[np.ndarray, 'h w 3']
+# Luma, and chroma of half the height and width.
+Planes = tuple[
+  UInt8[np.ndarray, 'h w'],
+  UInt8[np.ndarray, 'h2 w2'],
+  UInt8[np.ndarray, 'h2 w2'],
+]
+_Converted = TypeVar('_Converted')
 Transform = Callable[[Frame], UInt8[np.ndarray, 'h2 w2 3']]
 
 # Decoding up to this many unwanted frames is faster than another seek.
 _MAX_SKIPPED = 8
 _DEFAULT_FPS = 25.0
 MAX_FPS = 1000.0
+
+
+class _WrongIndexError(Exception):
+  """A file does not match its index."""
 
 
 class VideoReader:
@@ -158,20 +169,72 @@ class VideoReader:
       VideoError: the video cannot be decoded, or has no such frame.
       ValueError: an index is negative, or there are no indices.
     """
-    wanted = [int(index) for index in indices]
-    if not wanted or min(wanted) < 0:
+    frames: Any = None
+    places = collections.defaultdict(list)
+    for place, index in enumerate(indices):
+      places[int(index)].append(place)
+    for index, frame in self.iter_frames(indices):
+      frame = transform(frame)
+      if frames is None:
+        frames = np.empty((len(indices), *frame.shape), np.uint8)
+      frames[places[index]] = frame
+    return frames
+
+  def iter_frames(
+    self, indices: Sequence[int] | np.ndarray
+  ) -> Iterator[tuple[int, Frame]]:
+    """Yields (index, frame) of each of the given indices, as of get_frames.
+
+    They come as they are decoded, in order. Where the file turns out not to
+    match its index, all come again, and replace those before.
+    """
+    return self._decode(indices, self._to_rgb)
+
+  @property
+  def planes_short_side(self) -> int | None:
+    """Short side of frames of iter_planes; None if it cannot be used.
+
+    It can be used for files of video_writer.
+    """
+    return min(self._container.size) if self._can_skip_odd_frames else None
+
+  def iter_planes(
+    self, indices: Sequence[int] | np.ndarray
+  ) -> Iterator[tuple[int, Planes]]:
+    """Yields frames as iter_frames does, with their colors as stored.
+
+    Yields (index, (luma, blue, red)): BT.601 of limited range, the chroma with
+    half the height and width.
+    """
+    return self._decode(indices, self._to_planes)
+
+  def _decode(
+    self,
+    indices: Sequence[int] | np.ndarray,
+    convert: Callable[[Any], _Converted],
+  ) -> Iterator[tuple[int, _Converted]]:
+    """Yields what `convert` makes of the picture, or JPEG file, of an index."""
+    wanted = sorted({int(index) for index in indices})
+    if not wanted or wanted[0] < 0:
       raise ValueError(f'expected indices of 0 or more, got {wanted}')
-    frames = None
     if self._index is not None:
-      self._check_index(max(wanted), len(self._index.times))
-      frames = self._decode_by_seeking(self._index, wanted, transform)
-    if frames is None:
-      frames = self._decode_by_counting(set(wanted), transform)
-    return np.stack([frames[index] for index in wanted])
+      self._check_index(wanted[-1], len(self._index.times))
+      with contextlib.suppress(_WrongIndexError):
+        yield from self._decode_by_seeking(self._index, wanted, convert)
+        return
+    yield from self._decode_by_counting(set(wanted), convert)
 
   @functools.cached_property
   def _index(self) -> FrameIndex | None:
     return self._container.frame_index()
+
+  @functools.cached_property
+  def _can_skip_odd_frames(self) -> bool:
+    return (
+      self._container.odd_frames_are_optional
+      and self._index is not None
+      and not any(index % 2 for index in self._index.keyframes)
+    )
 
   def _pictures(
     self, start: float = 0.0, end: float = math.inf
@@ -188,7 +251,9 @@ class VideoReader:
         f'has {count} frames, but frame {index} was requested'
       )
 
-  def _to_rgb(self, picture: av.VideoFrame) -> Frame:
+  def _to_rgb(self, picture: av.VideoFrame | av.Packet) -> Frame:
+    if isinstance(picture, av.Packet):
+      return self._jpeg_to_rgb(picture)
     height, width = self._container.size
     try:
       # By default the conversion starts threads, and is slower.
@@ -201,33 +266,49 @@ class VideoReader:
       ) from error
     return _orient(rgb, picture)
 
+  def _to_planes(self, picture: av.VideoFrame) -> Planes:
+    height, width = self._container.size
+    found = picture.format.name, picture.height, picture.width
+    if found != ('yuv420p', height, width) or height % 2 or width % 2:
+      raise self._container.error(
+        f'has a frame that is {found}, expected yuv420p of even size'
+      )
+    luma, blue, red = (
+      np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, -1)
+      for plane in picture.planes
+    )
+    planes = luma[:, :width], blue[:, : width // 2], red[:, : width // 2]
+    luma, blue, red = (_orient(plane, picture) for plane in planes)
+    return luma, blue, red
+
   def _decode_by_counting(
-    self, wanted: set[int], transform: Transform
-  ) -> dict[int, Frame]:
+    self, missing: set[int], convert: Callable[[Any], _Converted]
+  ) -> Iterator[tuple[int, _Converted]]:
     """Decodes from the start and counts frames."""
-    frames: dict[int, Frame] = {}
-    count = 0
+    last, count = max(missing), 0
     with contextlib.closing(self._pictures()) as pictures:
-      for count, (_, picture) in enumerate(pictures, 1):
-        if count - 1 in wanted:
-          frames[count - 1] = transform(self._to_rgb(picture))
-          if len(frames) == len(wanted):
-            return frames
-    self._check_index(max(wanted), count)
-    return frames
+      for i, (_, picture) in enumerate(pictures):
+        count = i + 1
+        if i in missing:
+          yield i, convert(picture)
+        if i == last:
+          return
+    self._check_index(last, count)
 
   def _decode_by_seeking(
-    self, index: FrameIndex, wanted: list[int], transform: Transform
-  ) -> dict[int, Frame] | None:
+    self,
+    index: FrameIndex,
+    wanted: list[int],
+    convert: Callable[[Any], _Converted],
+  ) -> Iterator[tuple[int, _Converted]]:
     """Decodes from keyframes and identifies frames by their times.
 
-    Returns None where the file does not match its index.
+    Raises:
+      _WrongIndexError: the file does not match its index.
     """
     container = self._container
-    is_jpeg = container.stream.codec_context.name == 'mjpeg'
     index_at = {time: i for i, time in enumerate(index.times)}
-    frames: dict[int, Frame] = {}
-    pending = collections.deque(sorted(set(wanted)))
+    pending = collections.deque(wanted)
     while pending:
       # Frames decoded after one seek.
       run = [pending.popleft()]
@@ -238,32 +319,50 @@ class VideoReader:
       try:
         keyframe = index.keyframe_before(run[0])
         container.av.seek(index.times[keyframe], stream=container.stream)
-      except FAILURES:
-        return None
+      except FAILURES as error:
+        raise _WrongIndexError from error
       missing = set(run)
-      for item in container.packets() if is_jpeg else container.decode():
+      if container.stream.codec_context.name == 'mjpeg':
+        items = container.packets()
+      elif self._can_skip_odd_frames:
+        items = self._decode_without_odd_frames(index_at, run)
+      else:
+        items = container.decode()
+      for item in items:
         i = None if item.pts is None else index_at.get(item.pts)
         if i is None or item.is_corrupt:
-          return None
+          raise _WrongIndexError
         if i in missing:
-          if isinstance(item, av.Packet):
-            rgb = self._jpeg_to_rgb(item)
-          else:
-            rgb = self._to_rgb(item)
-          if rgb is None:
-            return None
-          frames[i] = transform(rgb)
+          yield i, convert(item)
           missing.remove(i)
         if i >= run[-1]:
           break
       if missing:
-        return None
-    return frames
+        raise _WrongIndexError
 
-  def _jpeg_to_rgb(self, packet: av.Packet) -> Frame | None:
-    """Decodes a JPEG file with OpenCV; returns None if it is not one.
+  def _decode_without_odd_frames(
+    self, index_at: dict[int, int], run: list[int]
+  ) -> Iterator[av.VideoFrame]:
+    """Decodes the frames of a run, and of others those of even indices."""
+    container = self._container
+    missing = set(run)
+    for packet in container.packets():
+      i = -1 if packet.pts is None else index_at.get(packet.pts, -1)
+      if i in missing or i % 2 == 0:
+        yield from container.decode_packet(packet)
+        missing.discard(i)
+      if not missing:
+        break
+    # The decoder holds a picture back as long as one before it may follow.
+    yield from container.decode_packet(None)
+
+  def _jpeg_to_rgb(self, packet: av.Packet) -> Frame:
+    """Decodes a JPEG file with OpenCV.
 
     OpenCV gives the pixels that readers of folders of JPEG files get.
+
+    Raises:
+      _WrongIndexError: it is not a JPEG file.
     """
     try:
       content = np.frombuffer(bytes(packet), np.uint8)
@@ -272,17 +371,17 @@ class VideoReader:
       if self._oriented is None:
         # FFmpeg decodes one frame for the orientation of all.
         [self._oriented] = packet.decode()
-    except (*FAILURES, cv2.error):
-      return None
+    except (*FAILURES, cv2.error) as error:
+      raise _WrongIndexError from error
     if bgr is None or bgr.shape[:2] != self._container.size:
-      return None
+      raise _WrongIndexError
     return _orient(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), self._oriented)
 
 
 def _orient(
-  frame: Frame, picture: av.VideoFrame
-) -> UInt8[np.ndarray, 'h2 w2 3']:
-  """Turns and mirrors a frame as the file says for its picture.
+  frame: UInt8[np.ndarray, 'h w *c'], picture: av.VideoFrame
+) -> UInt8[np.ndarray, 'h2 w2 *c']:
+  """Turns and mirrors a frame or plane as the file says for its picture.
 
   The file has a matrix that maps stored to displayed coordinates: x a + y c and
   x b + y d. One that is not a multiple of right angles and flips is ignored.
@@ -300,7 +399,7 @@ def _orient(
     case [False, True, True, False]:
       x_sign, y_sign = a, d
     case [True, False, False, True]:
-      frame = frame.transpose(1, 0, 2)
+      frame = frame.swapaxes(0, 1)
       x_sign, y_sign = c, b
     case _:
       return frame

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import fractions
 import io
 import itertools
-from typing import IO
+from typing import IO, Any
 
 import av
 from jaxtyping import UInt8
@@ -44,9 +44,10 @@ def write_mp4(
 ) -> None:
   """Writes H.264 in MP4 that seeks and decodes fast, one frame at a time.
 
-  The stream has a keyframe every 16 frames, no B-frames, no deblocking and no
-  CABAC. Colors have half the resolution (4:2:0), which needs even sides: the
-  last row or column of an odd side is dropped (a side of one pixel is doubled).
+  The stream has a keyframe every 16 frames, no deblocking and no CABAC. Frames
+  of odd indices can be left out in decoding. Colors have half the resolution
+  (4:2:0), which needs even sides: the last row or column of an odd side is
+  dropped (a side of one pixel is doubled).
 
   Args:
     file: a seekable file.
@@ -54,7 +55,7 @@ def write_mp4(
       (seconds, frame) pairs, each frame is shown from its time on; the times
       begin at 0 and rise.
     fps: frames per second; with times, only the nominal rate.
-    crf: 0 (lossless) to 51; 18 is visually nearly lossless.
+    crf: 0 (lossless) to 51; at 18 the loss is hardly visible.
 
   Raises:
     VideoError: there are no frames.
@@ -75,12 +76,19 @@ def write_mp4(
       rate=_rate(fps),
       options={
         'crf': str(crf),
-        # A third of the default preset's time for 4 to 8% fewer bytes and
-        # about 0.7 dB less PSNR.
+        # A third of the default preset's time for 13% more bytes at equal PSNR.
         'preset': 'veryfast',
         'tune': 'fastdecode',
         'x264-params': (
-          'keyint=16:min-keyint=16:scenecut=0:bframes=0:threads=1'
+          'keyint=16:min-keyint=16:scenecut=0:threads=1'
+          # Every second frame is a B-frame, from which no other is predicted:
+          # see video_container.
+          ':bframes=1:b-adapt=0:b-pyramid=none:open-gop=0'
+          # Quantization that adapts to the eye takes a fifth more bytes at
+          # equal PSNR, and decoding time follows the number of bytes.
+          ':aq-mode=0'
+          # Fewer motion vectors: 6% less decoding time for 4% more bytes.
+          ':partitions=i8x8'
           # x264's macroblock tree reads uninitialized memory, so that the same
           # frames gave different bytes. Without it files are about a tenth
           # larger.
@@ -94,6 +102,7 @@ def write_mp4(
     if is_timed:
       stream.codec_context.time_base = fractions.Fraction(1, _TICKS)
     pts, duration = -1, round(_TICKS / fps)
+    first_dts: Any = None
     for index, item in enumerate(itertools.chain([first], iterator)):
       time, frame = item if isinstance(item, tuple) else (index, item)
       if frame.dtype != np.uint8 or frame.shape != (height, width, 3):
@@ -112,10 +121,14 @@ def write_mp4(
       if is_timed:
         picture.time_base = stream.codec_context.time_base
         duration = pts - last if index else duration
-      container.mux(stream.encode(picture))
+      for packet in stream.encode(picture):
+        first_dts = packet.dts if first_dts is None else first_dts
+        container.mux(packet)
     for packet in stream.encode():
+      first_dts = packet.dts if first_dts is None else first_dts
       if is_timed:  # The last frame is shown as long as the one before.
-        packet.duration = duration
+        # The file's duration is that of decoding, which begins before 0.
+        packet.duration = pts + duration - (packet.dts - first_dts)
       container.mux(packet)
 
 

@@ -39,7 +39,7 @@ class AugmentOptions:
 
 def augment_batch(
   key: PRNGKeyArray,
-  clips: UInt8[Array, 'b t h w 3'],
+  clips: UInt8[Array, 'b t h w 3'] | UInt8[Array, 'b t rows w'],
   labels: Int[Array, 'b'] | Float[Array, 'b k'],
   *,
   options: AugmentOptions,
@@ -50,13 +50,16 @@ def augment_batch(
 ]:
   """Augments and normalizes a batch of training clips.
 
-  In this order: flip, RandAugment's color operations, color jitter,
-  normalization, random erasing, and mixup or CutMix. `color_ops` are indices
+  Clips of four dimensions are YUV: see yuv420_to_rgb. In this order: flip,
+  RandAugment's color operations, color jitter, normalization, random erasing,
+  and mixup or CutMix. `color_ops` are indices
   into rand_augment.COLOR_OPS, in order; their magnitudes are in -1..1. With
   mixup or CutMix, labels become class probabilities. All frames of a clip are
   augmented alike.
   """
   num_clips = clips.shape[0]
+  if clips.ndim == 4:
+    clips = yuv420_to_rgb(clips)
   if options.flip:
     keys = jax.random.split(key, num_clips)
     clips = jnp.asarray(jax.vmap(dm_pix.random_flip_left_right)(keys, clips))
@@ -79,6 +82,30 @@ def augment_batch(
   if options.mixup or options.cutmix:
     return mix(key, result, labels, options)
   return result, labels
+
+
+def yuv420_to_rgb(
+  clips: UInt8[Array, 'b t rows w'],
+) -> UInt8[Array, 'b t h w 3']:
+  """Converts YUV 4:2:0 of transforms.to_yuv420 to RGB, with rows = 3 / 2 * h.
+
+  BT.601 of limited range (ITU-R BT.601-7, section 2.5.3): luma is in 16..235,
+  chroma in 16..240 around 128. A value of chroma is that of four pixels.
+  """
+  *batch, rows, width = clips.shape
+  height = 2 * rows // 3
+  luma = 255 / 219 * (clips[..., :height, :] - jnp.float32(16))
+  chroma = clips[..., height:, :].reshape(*batch, 2, height // 2, width // 2)
+  chroma = 255 / 224 * (chroma - jnp.float32(128))
+  chroma = jnp.repeat(jnp.repeat(chroma, 2, axis=-1), 2, axis=-2)
+  blue, red = chroma[..., 0, :, :], chroma[..., 1, :, :]
+  # Shares of the primary colors in luma.
+  of_red, of_blue = 0.299, 0.114
+  of_green = 1 - of_red - of_blue
+  red, blue = 2 * (1 - of_red) * red, 2 * (1 - of_blue) * blue
+  green = -(of_red * red + of_blue * blue) / of_green
+  rgb = luma[..., None] + jnp.stack([red, green, blue], axis=-1)
+  return jnp.clip(jnp.round(rgb), 0, 255).astype(jnp.uint8)
 
 
 def mix(

@@ -44,6 +44,7 @@ _RANGES: dict[str, _Range] = {
   ),
   'dataset.frame_interval': _at_least(1),
   'dataset.train_short_side': _at_least(1),
+  'dataset.start_multiple': _at_least(1),
   'dataset.repeats': _at_least(1),
   'dataset.pixel_mean': ('3 numbers', _numbers),
   'dataset.pixel_std': (
@@ -126,6 +127,8 @@ def check(config: Config) -> None:
   short_side = config.dataset.train_short_side
   if config.model.image_size > short_side:
     add('model.image_size', f'at most {short_side} (dataset.train_short_side)')
+  if config.dataset.yuv420 and config.model.image_size % 2:
+    add('model.image_size', 'an even number with dataset.yuv420')
   if list(config.mesh.values()).count(-1) > 1:
     faults.append('config.mesh has more than one -1')
   if config.dataset.sampling == 'uniform':

@@ -145,8 +145,9 @@ def verdict(result: dict[str, Any], is_verbatim: bool) -> str:
   else:
     remedy = (
       f'About {cores / ratio:.0f} cores would be enough, this host has {cores};'
-      ' or store the videos with a higher crf (smaller files decode faster), or'
-      ' set --config.dataset.repeats=2 to use 2 clips of each video.'
+      ' or send YUV to the devices (--config.dataset.yuv420=True), or store'
+      ' the videos with a higher crf (smaller files decode faster), or set'
+      ' --config.dataset.repeats=2 to use 2 clips of each video.'
     )
   return (
     f'The input is the bottleneck: it yields {rates["input"]:.1f} clips/s, the '
@@ -181,22 +182,28 @@ def _time_stages(
   for number in range(4 * _NUM_CLIPS):
     rng = np.random.default_rng(number)
     times = [time.perf_counter()]
-    try:  # the steps of transforms.train_clips
+    try:
       video = data[(number * 7919) % len(data)].video  # from all shards
       times.append(time.perf_counter())
       with video_reader.VideoReader(video) as reader:
-        indices = transforms.train_frame_indices(p, len(reader), rng)
-        frames = reader.get_frames(indices)
+        multiple = dataset.start_multiple
+        indices = transforms.train_frame_indices(p, len(reader), rng, multiple)
+        for _ in reader.iter_frames(indices):
+          pass
       times.append(time.perf_counter())
-      frames = transforms.resize_short_side(frames, dataset.train_short_side)
-      if dataset.random_crop:
-        transforms.random_resized_crop(frames, p.image_size, rng)
-      else:
-        transforms.center_crop(frames, p.image_size)
+      transforms.train_clips(  # decodes the same frames once more
+        video,
+        p,
+        [np.random.default_rng(number)],
+        short_side=dataset.train_short_side,
+        random_crop=dataset.random_crop,
+        start_multiple=multiple,
+      )
       times.append(time.perf_counter())
     except UserError:  # unreadable; training skips it as well
       continue
-    durations.append(np.diff(times))
+    read, decode, clip = np.diff(times)
+    durations.append((read, decode, max(0.0, clip - decode)))
     if len(durations) == _NUM_CLIPS:
       break
   means = 1e3 * np.mean(durations or [np.zeros(3)], axis=0)

@@ -200,8 +200,10 @@ class Training:
       return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     num_frames = teacher.clip_frames if teacher else model.num_frames
+    size = model.image_size
+    pixels = (3 * size // 2, size) if config.dataset.yuv420 else (size, size, 3)
     batch = {
-      'clips': array(np.uint8, num_frames, *model.input_shape()[2:]),
+      'clips': array(np.uint8, num_frames, *pixels),
       'labels': array(np.int32),
     }
     if config.dataset.multi_label:
@@ -319,6 +321,8 @@ def make_train_loader(
     seed=config.seed,
     short_side=dataset.train_short_side,
     random_crop=dataset.random_crop,
+    start_multiple=dataset.start_multiple,
+    yuv420=dataset.yuv420,
     repeats=dataset.repeats,
     class_balanced=dataset.class_balanced,
     rand_augment_ops=config.augment.rand_augment_ops,

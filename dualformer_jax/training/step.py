@@ -49,11 +49,11 @@ def train_step(
 ) -> tuple[TrainState, dict[str, Float[Array, '']]]:
   """Runs one optimizer step.
 
-  The batch has 'clips', uint8 [b, t, h, w, 3], and 'labels', int [b] or float
-  [b, k]. Its other arrays are passed by name, to `token_targets` if the name
-  starts with 'token_', else to `augment` (see augment.augment_batch). If clips
-  have n * model.num_frames frames, as a teacher may need, the model gets every
-  nth of them.
+  The batch has 'clips', uint8 [b, t, h, w, 3] or YUV [b, t, 3 / 2 * h, w], and
+  'labels', int [b] or float [b, k]. Its other arrays are passed by name, to
+  `token_targets` if the name starts with 'token_', else to `augment` (see
+  augment.augment_batch). If clips have n * model.num_frames frames, as a
+  teacher may need, the model gets every nth of them.
 
   Returns:
     The new state, and scalar metrics: 'loss', 'gradient_norm', 'top1' unless

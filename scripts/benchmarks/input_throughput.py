@@ -44,7 +44,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'videos', None, 'Folder of CLASS/video.mp4.', required=True
   )
-  flags.DEFINE_list('crf', ['20', '18', '23'], 'CRF of re-encoded datasets.')
+  flags.DEFINE_list('crf', ['22', '20', '25'], 'CRF of re-encoded datasets.')
   flags.DEFINE_integer('clips', 40, 'Clips per row and round.')
   flags.DEFINE_integer('rounds', 5, 'Rounds.')
   flags.DEFINE_string('json', None, 'File to write the results to.')
@@ -74,13 +74,21 @@ def prepare(form: str, crf: int, out: str) -> PreparedDataset:
   return PreparedDataset(f'video_folder/{name}', 'train', out)
 
 
-def read_prepared(dataset: PreparedDataset) -> Callable[[int], object]:
+def read_prepared(
+  dataset: PreparedDataset, *, start_multiple: int = 2, yuv420: bool = False
+) -> Callable[[int], object]:
   """Returns a function that reads one clip of a prepared dataset."""
 
   def read(number: int) -> object:
     rng = np.random.default_rng(number)
     video = dataset[number % len(dataset)].video
-    return transforms.train_clips(video, PREPROCESSING, [rng])
+    return transforms.train_clips(
+      video,
+      PREPROCESSING,
+      [rng],
+      start_multiple=start_multiple,
+      yuv420=yuv420,
+    )
 
   return read
 
@@ -114,7 +122,7 @@ def rate_of_threads(
   clips = loader.TrainLoader(
     dataset,
     PREPROCESSING,
-    loader.TrainOptions(seed=0),
+    loader.TrainOptions(seed=0, start_multiple=2),
     loader.HostBatch(4),
     num_threads=num_threads,
   )
@@ -153,10 +161,17 @@ def main() -> None:
       for name, d in datasets.items()
     }
     sizes['original files, decord and OpenCV'] = sizes['verbatim']
+    best = next(iter(datasets))
+    for change, fields in {
+      'as YUV': {'yuv420': True},
+      'clips from any frame': {'start_multiple': 1},
+    }.items():
+      name = f'{best}, {change}'
+      readers[name] = read_prepared(datasets[best], **fields)
+      sizes[name] = sizes[best]
     rates: dict[str, list[float]] = {name: [] for name in readers}
     threads = sorted({1, 2, len(all_cores)} & set(range(1, len(all_cores) + 1)))
     scaling: dict[int, list[float]] = {n: [] for n in threads}
-    best = next(iter(datasets))
     for turn in tqdm.trange(FLAGS.rounds, desc='Measuring'):
       os.sched_setaffinity(0, all_cores[:1])
       for name, read in readers.items():

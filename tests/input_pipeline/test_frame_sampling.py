@@ -50,6 +50,16 @@ def test_dense_train_offsets_cover_the_reference_range(case):
   np.testing.assert_array_equal(draws, (offsets[:, None] + steps) % total)
 
 
+@pytest.mark.parametrize('total', [13, 14, 8, 5])
+def test_clips_start_at_multiples(total):
+  rng = np.random.default_rng(0)
+  clips = [frame_sampling.train_frames(total, 4, 2, rng, 2) for _ in range(300)]
+  # 8 frames are needed; shorter videos are looped from their first frame.
+  assert {clip[0] for clip in clips} == set(range(0, max(total - 7, 1), 2))
+  for clip in clips:
+    np.testing.assert_array_equal(clip, (clip[0] + np.arange(4) * 2) % total)
+
+
 def test_offset_of_one_train_clip_is_uniform():
   rng = np.random.default_rng(0)
   draws = [frame_sampling.train_frames(13, 4, 2, rng)[0] for _ in range(3000)]

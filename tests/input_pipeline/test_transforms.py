@@ -329,3 +329,58 @@ def test_clip_locations_give_frames_and_crop():
     np.testing.assert_allclose(
       clip[0, -1, -1, 1:], [top + height - 1, left + width - 1], atol=1
     )
+
+
+def yuv_to_rgb(clips: np.ndarray) -> np.ndarray:
+  """Converts YUV of train_clips with OpenCV."""
+  frames = clips.reshape(-1, *clips.shape[2:])
+  rgb = [cv2.cvtColor(frame, cv2.COLOR_YUV2RGB_I420) for frame in frames]
+  return np.stack(rgb).reshape(*clips.shape[:2], *rgb[0].shape)
+
+
+@pytest.mark.parametrize('short_side', [80, 72])
+@pytest.mark.parametrize('random_crop', [True, False])
+def test_clips_in_yuv_show_their_location(short_side, random_crop):
+  """Also where frames must be resized first: to 72 from 80."""
+  smooth = np.stack([cv2.blur(f, (25, 25)) for f in videos.moving(40)])
+  video = video_writer.encode_mp4(smooth, fps=25, crf=10)
+  clips, locations = transforms.train_clips(
+    video,
+    transforms.Preprocessing(8, 2, 64),
+    [np.random.default_rng(seed) for seed in range(12)],
+    short_side=short_side,
+    random_crop=random_crop,
+    start_multiple=2,
+    yuv420=True,
+  )
+  assert clips.shape == (12, 8, 96, 64)
+  frames = transforms.resize_short_side(videos.decode_all(video), short_side)
+  height, width = frames.shape[1:3]
+  expected = []
+  for location in locations:
+    assert location.frame_indices[0] % 2 == 0
+    box = np.array(location.box) * [height, width, height, width]
+    top, left, rows, columns = np.rint(box).astype(int)
+    crop = frames[location.frame_indices, top : top + rows]
+    expected.append(
+      [cv2.resize(f[:, left : left + columns], (64, 64)) for f in crop]
+    )
+  difference = yuv_to_rgb(clips).astype(int) - expected
+  assert np.abs(difference).mean() < 2
+  assert np.abs(difference.mean()) < 1.5
+
+
+def test_crops_in_yuv_have_whole_pixels_of_chroma():
+  video = video_writer.encode_mp4(videos.moving(20), fps=25)
+  rngs = [np.random.default_rng(seed) for seed in range(30)]
+  _, locations = transforms.train_clips(
+    video,
+    transforms.Preprocessing(4, 1, 32),
+    rngs,
+    short_side=80,
+    yuv420=True,
+  )
+  pixels = np.array([location.box for location in locations]) * [80, 96, 80, 96]
+  np.testing.assert_allclose(pixels / 2, np.rint(pixels / 2), atol=1e-9)
+  assert (pixels[:, :2] + pixels[:, 2:] <= [80, 96]).all()
+  assert (pixels[:, 2:] >= 2).all()

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from dualformer_jax.input_pipeline import video_writer
+from dualformer_jax.input_pipeline import video_container, video_writer
 from dualformer_jax.input_pipeline.video_reader import VideoError, VideoReader
 from tests.input_pipeline import videos
 
@@ -135,6 +135,96 @@ def test_get_frames_decodes_only_from_the_keyframe_before():
     videos.probe(bytes(damaged))
   with VideoReader(bytes(damaged)) as reader:
     np.testing.assert_array_equal(reader.get_frames(range(20, 24)), expected)
+
+
+def test_any_frames_of_our_files_have_the_pixels_of_a_full_decode():
+  frames = videos.moving(77)
+  rng = np.random.default_rng(0)
+  steps = rng.uniform(0.01, 0.1, len(frames) - 1)
+  timed = zip(np.cumsum([0.0, *steps]), frames, strict=True)
+  for video in (
+    video_writer.encode_mp4(frames, fps=25),
+    video_writer.encode_mp4(timed, fps=25),
+  ):
+    expected = videos.decode_all(video)
+    for count in (1, 2, 5, 20, 60):
+      indices = rng.integers(0, len(frames), count)
+      with VideoReader(video) as reader:
+        np.testing.assert_array_equal(
+          reader.get_frames(indices), expected[indices]
+        )
+
+
+def test_odd_frames_are_decoded_only_if_they_are_wanted(monkeypatch):
+  frames = videos.moving(48)
+  decoded = []
+  decode = video_container.VideoContainer.decode_packet
+
+  def count(self, packet, *arguments):
+    decoded.append(packet)
+    return decode(self, packet, *arguments)
+
+  monkeypatch.setattr(video_container.VideoContainer, 'decode_packet', count)
+
+  def num_decoded(video: bytes, indices: list[int]) -> int:
+    decoded.clear()
+    with VideoReader(video) as reader:
+      reader.get_frames(indices)
+    return len([packet for packet in decoded if packet])
+
+  ours = video_writer.encode_mp4(frames, fps=25)
+  assert num_decoded(ours, list(range(20, 41, 2))) == 13  # from 16 on
+  # 31 is the last of its group, which no frame follows; 33 needs 34.
+  assert num_decoded(ours, [31]) == 9
+  assert num_decoded(ours, [33]) == 3
+  # Its B-frames are predicted from each other; the tag of ours does not count.
+  other = videos.encode(
+    frames, 'libx264', 'mp4', **{'x264-params': 'keyint=16:bframes=3'}
+  )
+  assert num_decoded(other, list(range(20, 41, 2))) > 20
+
+
+@pytest.mark.parametrize(
+  'changed',
+  [
+    'bframes=0',
+    'bframes=2',
+    'b-pyramid=normal:bframes=3',
+    'b-adapt=1',
+    'scenecut=40',
+    'open-gop=1',
+    'keyint=15:min-keyint=15',
+  ],
+)
+def test_other_structures_are_not_taken_for_ours(changed):
+  ours = 'keyint=16:min-keyint=16:scenecut=0:bframes=1:b-adapt=0:b-pyramid=none'
+  frames = videos.moving(64)
+  video = videos.encode(
+    frames, 'libx264', 'mp4', **{'x264-params': f'{ours}:{changed}'}
+  )
+  with VideoReader(video) as reader:
+    assert reader.planes_short_side is None
+    found = reader.get_frames(range(0, 64, 2))
+  np.testing.assert_array_equal(found, videos.decode_all(video)[::2])
+  video = videos.encode(frames, 'libx264', 'mp4', **{'x264-params': ours})
+  with VideoReader(video) as reader:
+    assert reader.planes_short_side == 80
+
+
+@pytest.mark.parametrize('name', videos.ORIENTATIONS)
+def test_planes_are_oriented_for_display(name):
+  numbers, orient = videos.ORIENTATIONS[name]
+  video = video_writer.encode_mp4(videos.moving(3), fps=25)
+  with VideoReader(video) as reader:
+    expected = [planes for _, planes in reader.iter_planes(range(3))]
+  with VideoReader(videos.with_matrix(video, *numbers)) as reader:
+    found = [planes for _, planes in reader.iter_planes(range(3))]
+  for planes, others in zip(found, expected, strict=True):
+    for plane, other in zip(planes, others, strict=True):
+      turned = orient(
+        np.broadcast_to(other[None, ..., None], (1, *other.shape, 3))
+      )
+      np.testing.assert_array_equal(plane, turned[0, ..., 0])
 
 
 def test_frame_times_of_a_variable_frame_rate():

@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import av.container
+import cv2
 import numpy as np
 
 from dualformer_jax.input_pipeline import video_writer
@@ -26,6 +27,23 @@ def levels(count: int, height: int = 48, width: int = 64) -> np.ndarray:
   """Returns uniform frames, each 6 levels brighter than the one before."""
   frames = 10 + 6 * np.arange(count, dtype=np.uint8)[:, None, None, None]
   return np.broadcast_to(frames, (count, height, width, 3))
+
+
+def moving(count: int, height: int = 80, width: int = 96) -> np.ndarray:
+  """Returns frames of a picture that moves, with little noise.
+
+  Encoders predict them from each other.
+  """
+  rng = np.random.default_rng(0)
+  coarse = rng.integers(0, 220, (height // 8, width // 4, 3), np.uint8)
+  large = cv2.resize(coarse, (width + 2 * count, height + count))
+  return np.stack(
+    [
+      large[i : i + height, 2 * i : 2 * i + width]
+      + rng.integers(0, 32, (height, width, 3), np.uint8)
+      for i in range(count)
+    ]
+  )
 
 
 def index_of(frame: np.ndarray) -> int:

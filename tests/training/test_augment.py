@@ -6,12 +6,13 @@ import json
 import re
 import runpy
 
+import cv2
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax.input_pipeline import rand_augment
+from dualformer_jax.input_pipeline import rand_augment, transforms
 from dualformer_jax.training import augment
 from tests import eight_devices, training_command
 
@@ -65,6 +66,42 @@ def test_disabled_augmentation_adds_nothing_to_the_step():
       for function in (plain, augmentation(PIXELS))
     ]
     assert traces[0] == traces[1]
+
+
+# --- YUV
+
+
+def test_yuv_is_converted_as_by_opencv():
+  rng = np.random.default_rng(0)
+  clips = rng.integers(16, 236, (2, 3, 48, 32), np.uint8)
+  found = np.asarray(jax.jit(augment.yuv420_to_rgb)(clips))
+  assert found.shape == (2, 3, 32, 32, 3)
+  for clip, frames in zip(clips, found, strict=True):
+    for yuv, rgb in zip(clip, frames, strict=True):
+      expected = cv2.cvtColor(yuv, cv2.COLOR_YUV2RGB_I420)
+      # Theirs is in integers.
+      assert np.abs(rgb.astype(int) - expected).max() <= 1
+
+
+def test_colors_survive_conversion_to_yuv_and_back():
+  # Primary and secondary colors, black, white and gray, in blocks.
+  colors = np.array([*np.ndindex(2, 2, 2), (0.5, 0.5, 0.5)]) * 255
+  frame = np.round(colors).astype(np.uint8).reshape(3, 3, 3)
+  frame = frame.repeat(4, axis=0).repeat(4, axis=1)
+  yuv = transforms.to_yuv420(frame)
+  found = augment.yuv420_to_rgb(jnp.asarray(yuv)[None, None])[0, 0]
+  assert np.abs(np.asarray(found).astype(int) - frame).max() <= 2
+
+
+def test_clips_in_yuv_are_augmented_as_in_rgb():
+  rng = np.random.default_rng(0)
+  yuv = jnp.asarray(rng.integers(0, 256, (4, 2, 24, 16), np.uint8))
+  labels = jnp.arange(4)
+  key = jax.random.key(0)
+  function = augmentation(PIXELS, flip=True, color_jitter=0.4)
+  found, _ = function(key, yuv, labels)
+  expected, _ = function(key, augment.yuv420_to_rgb(yuv), labels)
+  np.testing.assert_array_equal(found, expected)
 
 
 # --- RandAugment's color operations

@@ -57,6 +57,7 @@ def test_recipes_are_valid(name):
     ('model.image_size', 7, 'at least 8'),
     ('model.image_size', 64, 'at most 32 (dataset.train_short_side)'),
     ('model.num_frames', 1, 'at least 2'),
+    ('dataset.start_multiple', 0, 'at least 1'),
     ('model.num_classes', -1, 'at least 0'),
     ('model.head_dropout', 1.5, 'at least 0 and less than 1'),
     ('model.drop_path_rate', math.nan, 'at least 0 and less than 1'),
@@ -176,3 +177,9 @@ def test_config_is_checked_before_the_dataset_is_opened(tmp_path, function):
   with pytest.raises(UserError, match='config.log_every_steps is 0'):
     function(config, tmp_path / 'workdir')
   assert not list(tmp_path.iterdir())
+
+
+def test_yuv_needs_an_even_image_size():
+  fields = {'dataset.yuv420': True, 'model.image_size': 31}
+  with pytest.raises(UserError, match='is 31, expected an even number with'):
+    config_check.check(make_config(**fields))

@@ -33,9 +33,11 @@ def make_config(data_dir: pathlib.Path | str, name: str = 'motion') -> Any:
   return config
 
 
-def test_training_runs_a_step_of_its_own_batch():
+@pytest.mark.parametrize('yuv420', [False, True])
+def test_training_runs_a_step_of_its_own_batch(yuv420):
   config = make_config('')
   config.ema_decay = 0.9
+  config.dataset.yuv420 = yuv420
   before = config.to_dict()
   training = setup.make_training(config)
   rng = np.random.default_rng(0)
@@ -55,9 +57,13 @@ def test_training_runs_a_step_of_its_own_batch():
   assert config.to_dict() == before
 
 
-def test_batches_of_the_loader_are_like_the_abstract_batch(motion_dataset):
+@pytest.mark.parametrize(('yuv420', 'num_ops'), [(0, 2), (1, 2), (1, 0)])
+def test_batches_of_the_loader_are_like_the_abstract_batch(
+  motion_dataset, yuv420, num_ops
+):
   config = make_config(motion_dataset)
-  config.augment.rand_augment_ops = 2
+  config.augment.rand_augment_ops = num_ops
+  config.dataset.yuv420 = bool(yuv420)
   data = setup.open_split(config, 'train')
   training = setup.make_training(config)
   batches = setup.make_train_loader(training, data)

@@ -43,7 +43,7 @@ class StorageConfig(tfds.core.BuilderConfig):
 
   variant: str = ''
   form: str = 'reencoded'
-  crf: int = 20
+  crf: int = 22
   jpeg_quality: int = 90
   short_side: int = 256
 
