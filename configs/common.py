@@ -34,7 +34,12 @@ def get_config() -> config_dict.ConfigDict:
       },
       'dataset': {
         'name': 'kinetics400',  # or 'name/config'
-        'data_dir': '~/tensorflow_datasets',  # --data_dir of `tfds build`
+        # The --data_dir of `tfds build`, or where it was copied to: a URL with
+        # gs://, s3:// or hf://.
+        'data_dir': '~/tensorflow_datasets',
+        # Keeps videos of an object store in this folder; '' for none.
+        'cache_dir': '',
+        'cache_gigabytes': 500.0,
         'train_split': 'train',
         'validation_split': 'validation',
         'test_split': 'validation',

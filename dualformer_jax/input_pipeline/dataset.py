@@ -24,7 +24,7 @@ from jaxtyping import Int64
 import numpy as np
 
 from dualformer_jax import errors, progress
-from dualformer_jax.input_pipeline import record_files
+from dualformer_jax.input_pipeline import object_store, record_files
 
 # Field of report.json: pairs of similar videos in different splits.
 NEAR_DUPLICATES = 'near_copies'
@@ -70,20 +70,56 @@ class PreparedDataset:
   multi_label: bool
   fingerprint: str
 
-  def __init__(self, name_or_folder: str, split: str, data_dir: str):
+  def __init__(
+    self,
+    name_or_folder: str,
+    split: str,
+    data_dir: str,
+    cache: object_store.DiskCache | None = None,
+  ):
     """Finds the dataset and checks that its files exist.
 
     Args:
       name_or_folder: name of the dataset, with `/CONFIG` where it has several
         configurations, of which the latest version is read; or the folder of
-        a version.
+        a version, which may be a URL of an object store.
       split: name of the split, such as 'train'.
-      data_dir: the `--data_dir` of `tfds build`; not used for a folder.
+      data_dir: the `--data_dir` of `tfds build`, or a URL that it was copied
+        to; not used for a folder.
+      cache: where to keep records of an object store.
 
     Raises:
       UserError: the dataset or the split does not exist, is incomplete, or has
         no videos.
     """
+    store = None
+    if object_store.is_url(name_or_folder):
+      local = object_store.local_folder(name_or_folder)
+      store = object_store.ObjectStore(name_or_folder, local)
+      name_or_folder = str(local)
+    elif object_store.is_url(data_dir):
+      local = object_store.local_folder(data_dir)
+      name = name_or_folder.partition('/')[0]
+      url = f'{data_dir.rstrip("/")}/{name}'
+      store = object_store.ObjectStore(url, local / name)
+      data_dir = str(local)
+    try:
+      self._open(name_or_folder, split, data_dir, store, cache)
+    except errors.UserError as error:
+      if store is None:
+        raise
+      # The message is about copies of the store's files.
+      message = str(error).replace(str(store.metadata), store.url)
+      raise errors.UserError(message) from error
+
+  def _open(
+    self,
+    name_or_folder: str,
+    split: str,
+    data_dir: str,
+    store: object_store.ObjectStore | None,
+    cache: object_store.DiskCache | None,
+  ) -> None:
     self.folder, how_to_make = _find_folder(name_or_folder, data_dir)
     self.split = split
     self.class_names, self.multi_label = _read_classes(self.folder)
@@ -93,10 +129,11 @@ class PreparedDataset:
       file_format = info.get('fileFormat', 'tfrecord')
       split_info = splits.get(split, {})
       lengths = [int(n) for n in split_info.get('shardLengths', ())]
-    prefix = f'{self.folder}/{name}-{split}.{file_format}'
+    folder = self.folder.relative_to(store.metadata) if store else self.folder
     paths = [
-      f'{prefix}-{shard:05d}-of-{len(lengths):05d}'
-      for shard in range(len(lengths))
+      str(folder / f'{name}-{split}.{file_format}-{shard:05d}-of-{count:05d}')
+      for count in [len(lengths)]
+      for shard in range(count)
     ]
     if split not in splits:
       raise errors.UserError(
@@ -112,7 +149,8 @@ class PreparedDataset:
         f'{self.folder}: has the format {file_format!r}, expected'
         f' {" or ".join(_FORMATS)}; remove it and {how_to_make}'
       )
-    missing = [path for path in paths if not os.path.isfile(path)]
+    exists = store.sizes.__contains__ if store else os.path.isfile
+    missing = [path for path in paths if not exists(path)]
     if missing:
       raise errors.UserError(
         f'{self.folder}: {len(missing)} of {len(paths)} files of split'
@@ -121,7 +159,14 @@ class PreparedDataset:
       )
     if file_format == 'tfrecord':
       index_path = self.folder / f'{name}-{split}.index.npz'
-      self._records = record_files.TFRecordFiles(paths, lengths, index_path)
+      self._records = record_files.TFRecordFiles(
+        paths, lengths, index_path, store, cache
+      )
+    elif store is not None:
+      raise errors.UserError(
+        f'{self.folder}: has ArrayRecord files, which are read from local disks'
+        ' only; prepare the dataset as TFRecord, the default'
+      )
     else:
       self._records = record_files.ArrayRecordFiles(paths, lengths)
     self._length = sum(lengths)
@@ -140,12 +185,15 @@ class PreparedDataset:
     Raises:
       IndexError: the index is out of range.
       RecordError: the record is damaged or cannot be read.
+      StoreError: the object store cannot be read.
     """
     i = operator.index(index)
     if not 0 <= i < self._length:
       raise IndexError(f'index {i} is not in 0..{self._length - 1}')
     try:
       return self._parse(self._records.read(i))
+    except object_store.StoreError:
+      raise
     except (*record_files.READ_FAILURES, message.DecodeError) as error:
       raise RecordError(
         f'record {i} of split {self.split!r} cannot be read'

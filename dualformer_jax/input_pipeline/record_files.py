@@ -7,14 +7,15 @@ record headers and saved beside the files.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
+import functools
 import itertools
 import os
 import pathlib
 import struct
-from typing import Any, BinaryIO
+from typing import Any
 import zipfile
 
 from array_record.python import array_record_data_source
@@ -22,7 +23,8 @@ import google_crc32c
 from jaxtyping import Int64
 import numpy as np
 
-from dualformer_jax import errors, files
+from dualformer_jax import errors, files, progress
+from dualformer_jax.input_pipeline import object_store
 
 # A record of a TFRecord file: its length, the length's checksum, the data, the
 # data's checksum.
@@ -74,29 +76,46 @@ class TFRecordFiles:
   """TFRecord files with an index of record offsets."""
 
   def __init__(
-    self, paths: list[str], lengths: list[int], index_path: pathlib.Path
+    self,
+    paths: list[str],
+    lengths: list[int],
+    index_path: pathlib.Path,
+    store: object_store.ObjectStore | None = None,
+    cache: object_store.DiskCache | None = None,
   ):
     """Loads the index, or builds and saves it.
 
     Args:
-      paths: paths of the shards.
+      paths: paths of the shards; in the object store, if one is given.
       lengths: expected number of records in each shard.
       index_path: file of the index.
+      store: where the shards are, unless on a local disk.
+      cache: where to keep records of the store.
 
     Raises:
       UserError: a file is damaged, or has another number of records.
     """
-    self._paths = paths
+    self._paths, self._store, self._cache = paths, store, cache
     self._first_indices = [0, *itertools.accumulate(lengths)]
-    stats = [os.stat(path) for path in paths]
-    # Identifies the files that the index was built from.
-    state = np.array([[s.st_size, s.st_mtime_ns] for s in stats], np.int64)
-    saved = load_arrays(index_path, 'state', 'starts') or ((), ())
-    offsets = saved[1]
+    # Identifies the files that the index was built from. Copies in a store have
+    # other times.
+    if store is None:
+      stats = [os.stat(path) for path in paths]
+      state = np.array([[s.st_size, s.st_mtime_ns] for s in stats], np.int64)
+    else:
+      state = np.array([[store.sizes[path], 0] for path in paths], np.int64)
+    saved = load_arrays(index_path, 'state', 'starts')
+    is_valid = saved is not None and _is_state(saved[0], state, store is None)
+    offsets = saved[1] if saved else np.zeros(0, np.int64)
     size = sum(lengths) + len(paths)
-    if not np.array_equal(saved[0], state) or len(offsets) != size:
+    if not is_valid or len(offsets) != size:
       with futures.ThreadPoolExecutor(_SCAN_THREADS) as threads:
-        shards = list(threads.map(_scan, paths))
+        found = threads.map(self._scan, paths)
+        if store is not None:
+          found = progress.track(
+            found, f'Indexing {store.url} once', len(paths), 'files'
+          )
+        shards = list(found)
       for path, length, shard in zip(paths, lengths, shards, strict=True):
         _check_count(path, len(shard) - 1, length)
       offsets = np.concatenate(shards)
@@ -107,11 +126,18 @@ class TFRecordFiles:
   def read(self, index: int) -> bytes:
     """Returns a record; raises one of READ_FAILURES."""
     path, start, end = self._locate(index)
-    # Opened for each record, as there may be more shards than a process may
-    # have files open.
-    with open(path, 'rb') as file:
-      file.seek(start)
-      content = file.read(end - start)
+    if self._store is None:
+      # Opened for each record, as there may be more shards than a process may
+      # have files open.
+      with open(path, 'rb') as file:
+        file.seek(start)
+        content = file.read(end - start)
+    elif self._cache is None:
+      content = self._store.read(path, start, end)
+    else:
+      read = functools.partial(self._store.read, path, start, end)
+      key = f'{self._store.url}/{path} {start} {end} {self._store.sizes[path]}'
+      content = self._cache.get(key, read)
     if len(content) < end - start:
       raise ValueError('the file ends within it')
     _parse_header(content)
@@ -123,7 +149,21 @@ class TFRecordFiles:
   def where(self, index: int) -> str:
     """Returns the file of a record and its position in it."""
     path, start, _ = self._locate(index)
-    return f'{path}, at byte {start}'
+    folder = f'{self._store.url}/' if self._store else ''
+    return f'{folder}{path}, at byte {start}'
+
+  def _scan(self, path: str) -> Int64[np.ndarray, ' n']:
+    """Returns the offset of each record of a file, then its size."""
+    if self._store is not None:
+      read = functools.partial(self._store.read, path)
+      return _scan(path, self._store.sizes[path], read)
+    with _damage_as_user_error(path), open(path, 'rb', buffering=0) as file:
+      descriptor = file.fileno()
+      return _scan(
+        path,
+        os.fstat(descriptor).st_size,
+        lambda start, end: os.pread(descriptor, end - start, start),
+      )
 
   def _locate(self, index: int) -> tuple[str, int, int]:
     """Returns a record's file, its first byte there, and its end."""
@@ -167,21 +207,37 @@ def _parse_header(content: bytes) -> int:
   return length
 
 
-def _scan(path: str) -> Int64[np.ndarray, ' n']:
-  """Returns the offset of each record, then the file's size."""
+def _is_state(
+  saved: Any, state: Int64[np.ndarray, 'files 2'], with_times: bool
+) -> bool:
+  columns = slice(None) if with_times else slice(1)
+  return np.shape(saved) == state.shape and np.array_equal(
+    saved[:, columns], state[:, columns]
+  )
+
+
+def _scan(
+  path: str, size: int, read: Callable[[int, int], bytes]
+) -> Int64[np.ndarray, ' n']:
+  """Returns the offset of each record, then the file's size.
+
+  Args:
+    path: the file, for errors.
+    size: its size in bytes.
+    read: returns the bytes from an offset on and before another.
+  """
   offsets = [0]
-  with _damage_as_user_error(path), open(path, 'rb', buffering=0) as file:
-    size = os.fstat(file.fileno()).st_size
+  with _damage_as_user_error(path):
     while offsets[-1] < size:
-      file.seek(offsets[-1])
-      header = file.read(_HEADER.size)
+      header = read(offsets[-1], min(offsets[-1] + _HEADER.size, size))
       if len(header) < _HEADER.size:
         raise ValueError(f'ends within record {len(offsets) - 1}')
       try:
         length = _parse_header(header)
       except ValueError:
         # A damaged length costs this record only, not those after it.
-        end = _find_next_header(file, offsets[-1] + _HEADER.size, size)
+        start = offsets[-1] + _HEADER.size
+        end = start + _next_header(read(start, size))
       else:
         end = offsets[-1] + len(header) + length + _FOOTER.size
       if end > size:
@@ -190,22 +246,22 @@ def _scan(path: str) -> Int64[np.ndarray, ' n']:
   return np.array(offsets, np.int64)
 
 
-def _find_next_header(file: BinaryIO, start: int, size: int) -> int:
-  """Returns the offset of the first valid header after `start`, or `size`."""
-  file.seek(start)
-  rest = file.read(size - start)
+def _next_header(rest: bytes) -> int:
+  """Returns the offset of the first valid header, or else the length."""
   for offset in range(_FOOTER.size, len(rest) - _HEADER.size):
     length, crc = _HEADER.unpack_from(rest, offset)
     end = offset + _HEADER.size + length + _FOOTER.size
     if end <= len(rest) and crc == _masked_crc(rest[offset : offset + 8]):
-      return start + offset
-  return size
+      return offset
+  return len(rest)
 
 
 @contextlib.contextmanager
 def _damage_as_user_error(path: str) -> Iterator[None]:
   try:
     yield
+  except object_store.StoreError:
+    raise
   except READ_FAILURES as error:
     raise errors.UserError(
       f'{path}: is damaged or truncated: {one_line(error)}; copy it again, or'

@@ -44,6 +44,7 @@ _RANGES: dict[str, _Range] = {
   ),
   'dataset.frame_interval': _at_least(1),
   'dataset.train_short_side': _at_least(1),
+  'dataset.cache_gigabytes': _at_least(0),
   'dataset.start_multiple': _at_least(1),
   'dataset.repeats': _at_least(1),
   'dataset.pixel_mean': ('3 numbers', _numbers),

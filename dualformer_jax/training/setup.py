@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import functools
 import os
+import pathlib
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import loader
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from dualformer_jax.input_pipeline.object_store import DiskCache
 from dualformer_jax.input_pipeline.stored_labels import StoredLabels
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
@@ -35,7 +37,13 @@ TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 def open_split(config: Config, split: str) -> PreparedDataset:
   """Opens a split of the dataset, and checks its classes and labels."""
   dataset = config.dataset
-  data = PreparedDataset(dataset.name, split, dataset.data_dir)
+  cache = None
+  if dataset.cache_dir:
+    cache = DiskCache(
+      pathlib.Path(dataset.cache_dir).expanduser(),
+      int(1e9 * dataset.cache_gigabytes),
+    )
+  data = PreparedDataset(dataset.name, split, dataset.data_dir, cache)
   if config.model.num_classes not in (0, len(data.class_names)):
     raise UserError(
       f'config.model.num_classes is {config.model.num_classes}, but '

@@ -19,6 +19,7 @@ from tensorflow_datasets.core import writer
 from tensorflow_datasets.proto import tf_example_pb2
 
 from dualformer_jax import errors, files, progress
+from dualformer_jax.input_pipeline import dataset
 from dualformer_jax.input_pipeline.preparing import (
   reports,
   transcoding,
@@ -149,6 +150,9 @@ class VideoDatasetBuilder(
           shutil.rmtree(partial)
         super().download_and_prepare(**options)
         shutil.rmtree(folder, ignore_errors=True)
+      # Saves the index of each split, so that copies of the dataset have it.
+      for split in self.info.splits:
+        dataset.PreparedDataset(str(self.data_path), split, '')
     except Exception as error:
       # TensorFlow and ArrayRecord have their own types of errors of files.
       is_of_file = isinstance(error, OSError) or any(
