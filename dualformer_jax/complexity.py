@@ -16,6 +16,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualformer_jax import command_line
+from dualformer_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 
@@ -37,6 +38,11 @@ def main() -> None:
   from dualformer_jax.models.dualformer import DualFormer
 
   config = FLAGS.config
+  if config.model.num_classes < 1:
+    raise UserError(
+      f'config.model.num_classes is {config.model.num_classes}, expected at'
+      ' least 1, as no dataset is read; add --config.model.num_classes=N'
+    )
   model = DualFormer(**config.model.to_dict())
   checkpoint.variable_shapes(model, 'config.model')  # raises if it is invalid
   rows = flops.count(model)

@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM end a process without a traceback."""
 
 from collections.abc import Callable
+import contextlib
 import os
 import signal
 import sys
@@ -64,7 +65,7 @@ class StopSignals:
         finish, self._finish = self._finish, None
         if self._is_exit_deferred and self.received is None:
           self.received = received
-          work = 'finishing the step and saving'
+          work = 'finishing and saving'
         elif not self._is_exit_deferred and finish is not None:
           thread = threading.Thread(
             target=self._finish_and_end, args=(finish, received), daemon=True
@@ -98,7 +99,9 @@ class StopSignals:
   def _print(self, line: str) -> None:
     # A terminal shows ^C or a progress bar before it.
     start = '\n' if os.isatty(2) else ''
-    os.write(2, f'{start}{line}\n'.encode())
+    # The reader of a pipe may have ended: Ctrl-C goes to all of `... | tee`.
+    with contextlib.suppress(OSError):
+      os.write(2, f'{start}{line}\n'.encode())
 
 
 stop_signals = StopSignals()

@@ -87,6 +87,10 @@ def from_pytorch(
     shape = jax.eval_shape(lambda x, to=layout: rearrange(x, to), leaf).shape
     array = state_dict.get(name)
     is_count = name.endswith('num_batches_tracked')
+    if is_count and array is not None and array.size == 1:
+      array = array.reshape(())
+      if np.isfinite(array) and array % 1 == 0:  # an average of checkpoints
+        array = array.astype(np.int64)
     kind = np.integer if is_count else np.floating
     if array is None:
       missing.append(f'{name} {shape}')

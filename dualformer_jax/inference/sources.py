@@ -5,6 +5,7 @@ import contextlib
 import glob
 import itertools
 import os
+import pathlib
 import re
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def find_videos(arguments: Sequence[str]) -> list[Source]:
 
 def _find_files(argument: str) -> list[str]:
   path = os.path.expanduser(argument)
-  paths = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
+  paths = [path] if os.path.exists(path) else _match(path)
   if not paths and glob.has_magic(path):
     raise UserError('no file matches this pattern')
   if not paths:
@@ -85,6 +86,20 @@ def _find_files(argument: str) -> list[str]:
   if not found:
     raise UserError('no videos in this folder')
   return found
+
+
+def _match(pattern: str) -> list[str]:
+  """Returns the paths that match a pattern, in which ** is any folders."""
+  path = pathlib.Path(pattern)
+  if '**' not in path.parts:
+    return glob.glob(pattern)
+  # That of glob follows links, which may loop.
+  found = pathlib.Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+  return [
+    str(each)
+    for each in found
+    if not any(part.startswith('.') for part in each.parts)
+  ]
 
 
 @contextlib.contextmanager

@@ -33,13 +33,13 @@ SUFFIXES = frozenset({
   '.3g2', '.3gp', '.asf', '.avi', '.divx', '.dv', '.f4v', '.flv', '.gif',
   '.h264', '.ivf', '.m2ts', '.m2v', '.m4v', '.mkv', '.mov', '.mp4', '.mpe',
   '.mpeg', '.mpg', '.mts', '.mxf', '.nut', '.ogg', '.ogv', '.qt', '.rm',
-  '.rmvb', '.ts', '.vob', '.webm', '.wmv',
+  '.rmvb', '.ts', '.vob', '.webm', '.webp', '.wmv',
 })  # fmt: skip
 # Playlists (HLS, DASH, concat), devices and image patterns are excluded: they
 # make FFmpeg open other files and URLs.
 _FORMATS = (
   'mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,gif,apng,mpeg,mpegts,mpegvideo,'
-  'asf,flv,ogg,rm,m4v,h264,hevc,ivf,nut,mxf,dv'
+  'asf,flv,ogg,rm,m4v,h264,hevc,ivf,nut,mxf,dv,webp_anim'
 )
 # Codecs whose packets in an MP4 file hold one frame each.
 _ONE_FRAME_PER_PACKET = frozenset({'h264', 'hevc', 'av1', 'vp9', 'mjpeg'})

@@ -1,8 +1,10 @@
 """Checks during training: non-finite losses, stop signals, data leakage."""
 
 from collections.abc import Sequence
+import fcntl
 import logging
 import os
+import pathlib
 import signal
 from typing import Any, NoReturn
 
@@ -57,6 +59,39 @@ class FiniteGuard:
         'it. Look at the videos, lower optimizer.learning_rate, or clip '
         'gradients (--config.optimizer.max_grad_norm=1)'
       )
+
+
+class WorkdirLock:
+  """While it exists, no other process can train in a workdir.
+
+  Two would remove each other's checkpoints. File systems without locks are not
+  guarded. Of several hosts, process 0 has the lock.
+  """
+
+  def __init__(self, workdir: pathlib.Path):
+    """Creates and locks the workdir.
+
+    Raises:
+      UserError: another process trains there.
+    """
+    self._folder: int | None = None
+    if jax.process_index() != 0:
+      return
+    workdir.mkdir(parents=True, exist_ok=True)
+    self._folder = os.open(workdir, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+      fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise UserError(
+        f'{workdir}: another process trains there; wait until it ends, or'
+        ' choose another --workdir'
+      ) from error
+    except OSError:
+      _LOG.debug('%s cannot be locked', workdir)
+
+  def __del__(self):
+    if self._folder is not None:
+      os.close(self._folder)
 
 
 class StopRequest:

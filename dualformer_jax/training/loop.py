@@ -95,6 +95,7 @@ def train_and_test(
   arrays = jax.tree.leaves(training.abstract_state)
   num_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
   check_writable(workdir / checkpoint.LATEST / 'new', num_bytes)
+  _lock = guards.WorkdirLock(workdir)  # until this function ends
   checkpoints = checkpoint.Checkpoints(
     workdir / checkpoint.LATEST, config.checkpoint.keep
   )

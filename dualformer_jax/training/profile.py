@@ -145,9 +145,9 @@ def verdict(result: dict[str, Any], is_verbatim: bool) -> str:
   else:
     remedy = (
       f'About {cores / ratio:.0f} cores would be enough, this host has {cores};'
-      ' or send YUV to the devices (--config.dataset.yuv420=True), or store'
-      ' the videos with a higher crf (smaller files decode faster), or set'
-      ' --config.dataset.repeats=2 to use 2 clips of each video.'
+      ' or set --config.dataset.yuv420=True, store the videos with a higher crf'
+      ' (smaller files decode faster), or set --config.dataset.repeats=2 to use'
+      ' 2 clips of each video, unless that is done already.'
     )
   return (
     f'The input is the bottleneck: it yields {rates["input"]:.1f} clips/s, the '

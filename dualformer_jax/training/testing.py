@@ -79,8 +79,13 @@ def test(
   workdir = pathlib.Path(workdir).expanduser().absolute()
   if folder is None:
     is_trained = checkpoint.latest_of(workdir / checkpoint.LATEST) is not None
+    if not is_trained and not config.init_from:
+      raise UserError(
+        f'{workdir}: has no checkpoint to test; train there first, or name a'
+        ' checkpoint with --config.init_from'
+      )
     folder = find_checkpoint(
-      config, workdir if is_trained else config.init_from or workdir
+      config, workdir if is_trained else config.init_from
     )
   check_writable(workdir / 'report.json')
   data = setup.open_split(config, config.dataset.test_split)

@@ -277,6 +277,21 @@ def test_batch_count_is_kept(micro, target, count):
   _assert_same(pytorch_names.to_pytorch(variables), weights)
 
 
+@pytest.mark.parametrize(
+  'value', [np.array([7]), np.array(7.0), np.array([7.0])]
+)
+def test_averaged_batch_count_is_read(micro, target, value):
+  variables, _ = pytorch_names.from_pytorch(micro | {COUNT: value}, target)
+  found = variables['batch_stats']['backbone']['blocks_1_1']['attn']['lr_1']
+  assert found['num_batches_tracked'].shape == ()
+  assert found['num_batches_tracked'] == 7
+
+
+@pytest.mark.parametrize('value', [np.array(7.5), np.array(np.nan)])
+def test_batch_count_that_is_no_number_raises(micro, target, value):
+  _problem(micro | {COUNT: value}, target, f'{COUNT} expected integer')
+
+
 @pytest.mark.parametrize('count', [-1, 2**31, 2**40])
 def test_invalid_batch_count_raises(micro, target, count):
   _problem(micro | {COUNT: np.array(count)}, target, f'impossible.*{COUNT}')

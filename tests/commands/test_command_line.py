@@ -341,6 +341,26 @@ def test_package_lists_every_command_with_a_summary(capsys):
   assert 'PyTorch' in listed['convert']
 
 
+@pytest.mark.parametrize('src', ['ends', 'defers', 'hangs', 'finishes'])
+def test_signal_ends_a_command_whose_log_nobody_reads(tmp_path, src):
+  """As with `... 2>&1 | tee log`, where Ctrl-C ends tee as well."""
+  reader, writer = os.pipe()
+  process = subprocess.Popen(
+    [sys.executable, __file__, f'--src={src}'],
+    env={**os.environ, 'PYTHONPATH': str(ROOT)},
+    stdout=writer,
+    stderr=writer,
+    cwd=tmp_path,
+  )
+  os.close(writer)
+  with os.fdopen(reader) as log:
+    assert 'ready\n' in log  # reads until then
+  for _ in range(2 if src == 'hangs' else 1):
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+  assert process.wait(20) in (128 + signal.SIGINT, 128 + signal.SIGPIPE)
+
+
 @pytest.mark.parametrize('arguments', [[], ['--help']])
 def test_closed_pipe_ends_a_command_without_a_traceback(arguments):
   reader, writer = os.pipe()

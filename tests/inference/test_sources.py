@@ -62,6 +62,12 @@ def test_linked_folders_are_followed_once(folder):
   linked = ['1.AVI', '2.mp4', 'deeper/3.webm', 'deeper/loop/http:/x.mp4']
   expected = ['b/[4].mp4', *(f'b/linked/{name}' for name in linked)]
   assert [name for name, _ in sources.find_videos(['b'])] == expected
+  # In a pattern, ** follows no links.
+  assert sources.find_videos(['**/*.mp4']) == [
+    (name, '') for name in ('a/2.mp4', 'b/[4].mp4', 'http:/x.mp4')
+  ]
+  absolute = sources.find_videos([f'{folder}/b/**/*.mp4'])
+  assert absolute == [(f'{folder}/b/[4].mp4', '')]
 
 
 @pytest.mark.parametrize(

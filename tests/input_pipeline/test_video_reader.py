@@ -95,6 +95,30 @@ def test_gif_is_decoded_with_its_palette():
     np.testing.assert_array_equal(reader.get_frames([2, 0]), frames[[2, 0]])
 
 
+def test_animated_webp_is_decoded():
+  frames = np.zeros((3, 16, 16, 3), np.uint8)
+  frames[0, ..., 0], frames[1, ..., 1], frames[2, ..., 2] = 200, 200, 200
+  first, *others = (Image.fromarray(frame) for frame in frames)
+  file = io.BytesIO()
+  first.save(
+    file,
+    'webp',
+    save_all=True,
+    append_images=others,
+    duration=40,
+    lossless=True,
+  )
+  try:
+    decoded = videos.decode_all(file.getvalue())
+  except VideoError:
+    if int(av.__version__.split('.')[0]) >= 19:
+      raise
+    pytest.skip(
+      'ANIMATED WEBP WAS NOT TESTED: FFmpeg before 8.1 cannot decode it'
+    )
+  assert np.abs(decoded.astype(int) - frames).max() <= 8
+
+
 def test_transform_is_applied_once_per_frame(encoded):
   seen = []
 

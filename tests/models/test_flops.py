@@ -185,3 +185,13 @@ def test_invalid_model_fails_with_one_line():
   assert done.stdout == ''
   [line] = done.stderr.splitlines()
   assert line.startswith('error: model.embed_dims is ')
+
+
+def test_classes_of_the_dataset_must_be_given():
+  done = run(f'--config={ROOT}/configs/video_folder.py')
+  assert done.returncode == 2
+  (line,) = done.stderr.splitlines()
+  assert line.startswith('error: config.model.num_classes is 0, expected')
+  flag = '--config.model.num_classes=3'
+  done = run(f'--config={ROOT}/configs/video_folder.py', flag)
+  assert (done.returncode, done.stderr) == (0, '')

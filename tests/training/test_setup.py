@@ -12,7 +12,7 @@ import pytest
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
-from dualformer_jax.training import loop, setup, testing
+from dualformer_jax.training import guards, loop, setup, testing
 from tests import small_checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
@@ -139,6 +139,22 @@ def test_dataset_with_other_labels_raises(motion_dataset, field, value):
   config.update_from_flattened_dict({field: value})
   with pytest.raises(UserError, match=f'config.{field} is {value}, but'):
     setup.open_split(config, 'train')
+
+
+def test_one_process_at_a_time_trains_in_a_workdir(tmp_path):
+  workdir = tmp_path / 'workdir'
+  lock = guards.WorkdirLock(workdir)
+  with pytest.raises(UserError, match=f'{workdir}: another process trains'):
+    guards.WorkdirLock(workdir)
+  del lock
+  guards.WorkdirLock(workdir)
+
+
+def test_workdir_without_checkpoint_cannot_be_tested(motion_dataset, tmp_path):
+  with pytest.raises(
+    UserError, match='no checkpoint to test; train there first'
+  ):
+    testing.test(make_config(motion_dataset), tmp_path / 'workdir')
 
 
 @pytest.mark.parametrize('function', [loop.train_and_test, testing.test])
