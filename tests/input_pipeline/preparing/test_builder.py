@@ -37,11 +37,17 @@ def make_videos(root: pathlib.Path, number: int) -> pathlib.Path:
 
 
 def tree(folder: pathlib.Path) -> dict[str, bytes]:
-  """The files of a dataset, without that with the name of Python's module."""
+  """The files of a dataset that do not depend on when and how it was built.
+
+  dataset_info.json has the name of Python's module, an index the times of files.
+  """
+  assert list(folder.glob('*.index.npz'))
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob('*'))
-    if path.is_file() and path.name != 'dataset_info.json'
+    if path.is_file()
+    and path.name != 'dataset_info.json'
+    and path.suffix != '.npz'
   }
 
 
