@@ -88,7 +88,9 @@ def _folder(prepared_datasets, tmp_path, monkeypatch) -> pathlib.Path:
   return tmp_path / 'data'
 
 
-@pytest.mark.parametrize('with_index', [True, False])
+@pytest.mark.parametrize(
+  'with_index', [True, pytest.param(False, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_dataset_of_a_store_is_that_of_a_disk(
   folder, monkeypatch, protocol, with_index
@@ -109,6 +111,7 @@ def test_dataset_of_a_store_is_that_of_a_disk(
     np.testing.assert_array_equal(found.labels(), expected.labels())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('protocol', PROTOCOLS)
 def test_mistakes_are_one_line(folder, monkeypatch, protocol):
   with uploaded(monkeypatch, protocol, folder) as url:
@@ -123,6 +126,7 @@ def test_mistakes_are_one_line(folder, monkeypatch, protocol):
       assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_failing_requests_change_nothing(folder, monkeypatch):
   expected = read_all(next(folder.glob('levels/*')))
   faults = object_stores.Faults(share=0.2)
@@ -139,6 +143,7 @@ def test_failing_requests_change_nothing(folder, monkeypatch):
   assert faults.failed > 5
 
 
+@pytest.mark.slow
 def test_store_that_is_gone_ends_the_stream(folder, monkeypatch):
   """A video that cannot be fetched is not replaced by another."""
   with uploaded(monkeypatch, 's3', folder) as url:
@@ -195,6 +200,7 @@ def test_denied_access_is_not_tried_again(folder, monkeypatch):
   assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_cache_spares_requests_up_to_its_size(folder, monkeypatch, tmp_path):
   faults = object_stores.Faults()
   expected = read_all(next(folder.glob('levels/*')))

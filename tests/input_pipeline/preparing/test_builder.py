@@ -39,7 +39,7 @@ def make_videos(root: pathlib.Path, number: int) -> pathlib.Path:
 def tree(folder: pathlib.Path) -> dict[str, bytes]:
   """The files of a dataset that do not depend on when and how it was built.
 
-  dataset_info.json has the name of Python's module, an index the times of files.
+  dataset_info.json has the name of Python's module, an index file times.
   """
   assert list(folder.glob('*.index.npz'))
   return {
