@@ -137,12 +137,7 @@ def main(arguments: list[str]) -> None:
       is_stopped=lambda: stop.received is not None,
     )
   for found in predictions:
-    try:
-      output.print(found)
-    except BrokenPipeError:
-      if stop.received is None:
-        raise
-      # Ctrl-C ended the reader as well; the files are still written.
+    output.print(found)
   if not is_live:  # these end in no other way
     stop.allow_exit()
   if output.num_failed:

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 import contextlib
 import os
+import select
 import signal
 import sys
 import threading
+import time
 from typing import NoReturn
 
 from dualformer_jax import files
@@ -65,6 +67,7 @@ class StopSignals:
         finish, self._finish = self._finish, None
         if self._is_exit_deferred and self.received is None:
           self.received = received
+          threading.Thread(target=_replace_closed_pipes, daemon=True).start()
           work = 'finishing and saving'
         elif not self._is_exit_deferred and finish is not None:
           thread = threading.Thread(
@@ -99,9 +102,23 @@ class StopSignals:
   def _print(self, line: str) -> None:
     # A terminal shows ^C or a progress bar before it.
     start = '\n' if os.isatty(2) else ''
-    # The reader of a pipe may have ended: Ctrl-C goes to all of `... | tee`.
     with contextlib.suppress(OSError):
       os.write(2, f'{start}{line}\n'.encode())
+
+
+def _replace_closed_pipes() -> None:
+  """Discards output that has lost its reader in the last moments.
+
+  Ctrl-C goes to all programs of `... 2>&1 | tee log`, and writing to a pipe
+  without a reader is an error, which would end what is being finished.
+  """
+  for _ in range(100):
+    for output in (1, 2):
+      poll = select.poll()
+      poll.register(output, 0)  # only errors
+      if any(event & select.POLLERR for _, event in poll.poll(0)):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    time.sleep(0.002)
 
 
 stop_signals = StopSignals()
