@@ -154,16 +154,16 @@ class TFRecordFiles:
 
   def _scan(self, path: str) -> Int64[np.ndarray, ' n']:
     """Returns the offset of each record of a file, then its size."""
-    if self._store is not None:
-      read = functools.partial(self._store.read, path)
-      return _scan(path, self._store.sizes[path], read)
-    with _damage_as_user_error(path), open(path, 'rb', buffering=0) as file:
-      descriptor = file.fileno()
-      return _scan(
-        path,
-        os.fstat(descriptor).st_size,
-        lambda start, end: os.pread(descriptor, end - start, start),
-      )
+    with _damage_as_user_error(path):
+      if self._store is not None:
+        read = functools.partial(self._store.read, path)
+        return _scan(self._store.sizes[path], read)
+      with open(path, 'rb', buffering=0) as file:
+        descriptor = file.fileno()
+        return _scan(
+          os.fstat(descriptor).st_size,
+          lambda start, end: os.pread(descriptor, end - start, start),
+        )
 
   def _locate(self, index: int) -> tuple[str, int, int]:
     """Returns a record's file, its first byte there, and its end."""
@@ -217,32 +217,30 @@ def _is_state(
 
 
 def _scan(
-  path: str, size: int, read: Callable[[int, int], bytes]
+  size: int, read: Callable[[int, int], bytes]
 ) -> Int64[np.ndarray, ' n']:
-  """Returns the offset of each record, then the file's size.
+  """Returns the offset of each record of a file, then its size.
 
   Args:
-    path: the file, for errors.
     size: its size in bytes.
     read: returns the bytes from an offset on and before another.
   """
   offsets = [0]
-  with _damage_as_user_error(path):
-    while offsets[-1] < size:
-      header = read(offsets[-1], min(offsets[-1] + _HEADER.size, size))
-      if len(header) < _HEADER.size:
-        raise ValueError(f'ends within record {len(offsets) - 1}')
-      try:
-        length = _parse_header(header)
-      except ValueError:
-        # A damaged length costs this record only, not those after it.
-        start = offsets[-1] + _HEADER.size
-        end = start + _next_header(read(start, size))
-      else:
-        end = offsets[-1] + len(header) + length + _FOOTER.size
-      if end > size:
-        raise ValueError(f'ends within record {len(offsets) - 1}')
-      offsets.append(end)
+  while offsets[-1] < size:
+    header = read(offsets[-1], min(offsets[-1] + _HEADER.size, size))
+    if len(header) < _HEADER.size:
+      raise ValueError(f'ends within record {len(offsets) - 1}')
+    try:
+      length = _parse_header(header)
+    except ValueError:
+      # A damaged length costs this record only, not those after it.
+      start = offsets[-1] + _HEADER.size
+      end = start + _next_header(read(start, size))
+    else:
+      end = offsets[-1] + len(header) + length + _FOOTER.size
+    if end > size:
+      raise ValueError(f'ends within record {len(offsets) - 1}')
+    offsets.append(end)
   return np.array(offsets, np.int64)
 
 

@@ -47,7 +47,9 @@ def test_truncated_array_record_file_raises(copied, size):
   folder = copied('array_record')
   path = folder / 'levels-train.array_record-00000-of-00003'
   cut(path, size)
-  assert f'{path}: is damaged or truncated' in open_error(folder)
+  message = open_error(folder)
+  assert f'{path}: is damaged or truncated' in message
+  assert message.count('is damaged') == 1
 
 
 def test_shard_of_another_dataset_raises(copied):
