@@ -34,15 +34,17 @@ Config = Any
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
+@functools.cache  # All splits share its limit.
+def _disk_cache(folder: str, gigabytes: float) -> DiskCache:
+  return DiskCache(pathlib.Path(folder).expanduser(), int(1e9 * gigabytes))
+
+
 def open_split(config: Config, split: str) -> PreparedDataset:
   """Opens a split of the dataset, and checks its classes and labels."""
   dataset = config.dataset
   cache = None
   if dataset.cache_dir:
-    cache = DiskCache(
-      pathlib.Path(dataset.cache_dir).expanduser(),
-      int(1e9 * dataset.cache_gigabytes),
-    )
+    cache = _disk_cache(dataset.cache_dir, dataset.cache_gigabytes)
   data = PreparedDataset(dataset.name, split, dataset.data_dir, cache)
   if config.model.num_classes not in (0, len(data.class_names)):
     raise UserError(
