@@ -130,11 +130,8 @@ class PreparedDataset:
       split_info = splits.get(split, {})
       lengths = [int(n) for n in split_info.get('shardLengths', ())]
     folder = self.folder.relative_to(store.metadata) if store else self.folder
-    paths = [
-      str(folder / f'{name}-{split}.{file_format}-{shard:05d}-of-{count:05d}')
-      for count in [len(lengths)]
-      for shard in range(count)
-    ]
+    prefix, count = folder / f'{name}-{split}.{file_format}', len(lengths)
+    paths = [f'{prefix}-{i:05d}-of-{count:05d}' for i in range(count)]
     if split not in splits:
       raise errors.UserError(
         f'{self.folder}: has no split {split!r}; expected one of'

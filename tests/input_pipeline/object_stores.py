@@ -41,6 +41,28 @@ class Faults:
   requests: int = 0
 
 
+class SilentHandler(http.server.BaseHTTPRequestHandler):
+  protocol_version = 'HTTP/1.1'
+
+  def log_message(self, format: str, *args: Any) -> None:
+    pass
+
+
+@contextlib.contextmanager
+def serve(handler: type[SilentHandler]) -> Iterator[str]:
+  """Serves in threads; yields the URL."""
+  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+  server.daemon_threads = True
+  thread = threading.Thread(target=server.serve_forever, daemon=True)
+  thread.start()
+  try:
+    yield f'http://127.0.0.1:{server.server_port}'
+  finally:
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
 @contextlib.contextmanager
 def proxy(upstream: str, faults: Faults) -> Iterator[str]:
   """A server that forwards requests to another; yields its URL."""
@@ -49,9 +71,7 @@ def proxy(upstream: str, faults: Faults) -> Iterator[str]:
   host, port = parts.hostname, parts.port
   rng, lock = random.Random(0), threading.Lock()
 
-  class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-
+  class Handler(SilentHandler):
     def forward(self) -> None:
       time.sleep(faults.latency)
       with lock:
@@ -93,19 +113,8 @@ def proxy(upstream: str, faults: Faults) -> Iterator[str]:
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = forward  # noqa: N815
 
-    def log_message(self, format: str, *args: Any) -> None:
-      pass
-
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  server.daemon_threads = True
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}'
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+  with serve(Handler) as url:
+    yield url
 
 
 @contextlib.contextmanager
@@ -148,9 +157,7 @@ def hub(repository: str, folder: pathlib.Path) -> Iterator[str]:
     size = path.stat().st_size
     return {'type': 'file', 'path': name, 'oid': '0' * 40, 'size': size}
 
-  class Handler(http.server.BaseHTTPRequestHandler):
-    protocol_version = 'HTTP/1.1'
-
+  class Handler(SilentHandler):
     def answer(self, status: int, content: bytes, **headers: str) -> None:
       self.send_response(status)
       self.send_header('Content-Length', str(len(content)))
@@ -201,16 +208,5 @@ def hub(repository: str, folder: pathlib.Path) -> Iterator[str]:
 
     do_HEAD = do_GET  # noqa: N815
 
-    def log_message(self, format: str, *args: Any) -> None:
-      pass
-
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
-  server.daemon_threads = True
-  thread = threading.Thread(target=server.serve_forever, daemon=True)
-  thread.start()
-  try:
-    yield f'http://127.0.0.1:{server.server_port}'
-  finally:
-    server.shutdown()
-    server.server_close()
-    thread.join()
+  with serve(Handler) as url:
+    yield url
