@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
@@ -157,6 +158,10 @@ def train_clips(
       [train_frame_indices(p, len(reader), r, start_multiple) for r in rngs]
     )
     frame_size, boxes = (0, 0), []
+    # Where the clips have each frame: clip and time.
+    places = collections.defaultdict(list)
+    for place, index in np.ndenumerate(indices):
+      places[int(index)].append(place)
 
     def draw_boxes(size: tuple[int, int]) -> list[Box]:
       if random_crop:
@@ -169,20 +174,20 @@ def train_clips(
         if not boxes:
           frame_size = planes[0].shape[0], planes[0].shape[1]
           boxes = [_even_box(box) for box in draw_boxes(frame_size)]
-        for clip, place in zip(*np.nonzero(indices == index), strict=True):
-          _resize_planes_to(clips[clip, place], planes, boxes[clip])
+        for clip, time in places[index]:
+          _resize_planes_to(clips[clip, time], planes, boxes[clip])
     else:
       for index, frame in reader.iter_frames(indices.ravel()):
         frame = resize_short_side(frame, short_side)
         if not boxes:
           frame_size = frame.shape[0], frame.shape[1]
           boxes = draw_boxes(frame_size)
-        for clip, place in zip(*np.nonzero(indices == index), strict=True):
+        for clip, time in places[index]:
           crop = _crop(frame, boxes[clip])
           if yuv420:
-            clips[clip, place] = to_yuv420(resize(crop, size, size))
+            clips[clip, time] = to_yuv420(resize(crop, size, size))
           else:
-            resize_to(clips[clip, place], crop)
+            resize_to(clips[clip, time], crop)
   locations = []
   for clip_indices, box in zip(indices, boxes, strict=True):
     if p.sampling == 'dense':  # Undoes looping.

@@ -13,7 +13,6 @@ import io
 import itertools
 import math
 import os
-import re
 import stat
 from typing import Any
 
@@ -50,18 +49,6 @@ _PYAV_OPTIONS: dict[str, Any] = (
   if int(av.__version__.split('.')[0]) < 19
   else {}
 )
-# Options of x264, with which video_writer encodes. From a keyframe to the next,
-# B-frames are at odd positions, and so is the last frame, if there is an even
-# number. No other frame is predicted from those.
-_ODD_FRAMES_ARE_OPTIONAL = {
-  b'bframes=1',
-  b'b_pyramid=0',
-  b'b_adapt=0',
-  b'open_gop=0',
-  b'scenecut=0',
-  b'intra_refresh=0',
-  b'interlaced=0',
-}
 # What PyAV raises. Most FFmpegErrors are one of the others as well.
 FAILURES = (av.error.FFmpegError, OSError, ValueError, MemoryError)
 
@@ -104,9 +91,6 @@ class VideoContainer:
     av: PyAV's container. Reading packets and seeking move its position.
     stream: PyAV's video stream: the default one, or else the largest.
     size: height and width of the stored pictures, before they are oriented.
-    odd_frames_are_optional: whether the frames of even indices can be decoded
-      without the others, if keyframes have even indices, as in files of
-      video_writer.
   """
 
   def __init__(self, source: Source):
@@ -136,14 +120,6 @@ class VideoContainer:
       if not num_bytes:
         raise self.error('is empty (0 bytes)')
       self._is_complete = _is_complete(file, num_bytes)
-      file.seek(0)
-      # In the first packet of the stream, and no other.
-      options = re.search(
-        rb'x264 - core .*? options: ([ -~]*)', file.read(2048)
-      )
-      self.odd_frames_are_optional = bool(
-        options and set(options[1].split()) >= _ODD_FRAMES_ARE_OPTIONAL
-      )
       file.seek(0)
       try:
         # FFmpeg reads a path faster by itself. The prefix keeps it from
@@ -355,32 +331,23 @@ class VideoContainer:
     """Builds the index ten times faster, without reading packets.
 
     The header has decoding times. This returns None unless they are also the
-    presentation times, or those differ by a constant: where video_writer stores
-    frames with a constant frame rate.
+    presentation times.
     """
     context = self.stream.codec_context
-    if context.name not in ('h264', 'mjpeg'):
-      return None
-    if context.has_b_frames and not self.odd_frames_are_optional:
+    if context.name not in ('h264', 'mjpeg') or context.has_b_frames:
       return None
     entries = list(self.stream.index_entries)
     times = [entry.timestamp for entry in entries]
     keyframes = [i for i, entry in enumerate(entries) if entry.is_keyframe]
-    steps = {b - a for a, b in itertools.pairwise(times)}
-    start = self.stream.start_time
     if (
       not self._is_complete
       or not 0 < self.stream.frames == len(entries)
-      or start is None
+      or times[0] != self.stream.start_time
       or any(entry.is_discard for entry in entries)
-      or min(steps, default=1) <= 0
+      or any(a >= b for a, b in itertools.pairwise(times))
       or keyframes[:1] != [0]
     ):
       return None
-    if times[0] != start:
-      if not context.has_b_frames or len(steps) > 1:
-        return None
-      times = [time - times[0] + start for time in times]
     return FrameIndex(times, keyframes)
 
 

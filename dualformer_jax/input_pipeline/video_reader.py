@@ -14,10 +14,15 @@ import math
 from typing import Any, TypeVar
 
 import av
+from av.video import reformatter
 import cv2
 from jaxtyping import Float64, UInt8
 import numpy as np
 
+from dualformer_jax.input_pipeline.reencoded_video import (
+  DamagedError,
+  ReencodedVideo,
+)
 from dualformer_jax.input_pipeline.video_container import (
   FAILURES,
   FrameIndex,
@@ -69,14 +74,28 @@ class VideoReader:
       VideoError: the file cannot be opened, or has no video.
     """
     self._source = source
-    self._container = VideoContainer(source)
+    self._opened: VideoContainer | None = None
+    self._reencoded: ReencodedVideo | None = None
+    if isinstance(source, (bytes, bytearray, memoryview)):
+      self._reencoded = ReencodedVideo.parse(source)
+    if self._reencoded is None:
+      self._opened = VideoContainer(source)
+    self._reformatter = reformatter.VideoReformatter()
     self._oriented: Any = None  # A decoded JPEG file; see _jpeg_to_rgb.
 
   def __enter__(self) -> VideoReader:
     return self
 
   def __exit__(self, *_: object) -> None:
-    self._container.close()
+    if self._opened is not None:
+      self._opened.close()
+
+  @property
+  def _container(self) -> VideoContainer:
+    """The file opened with FFmpeg, which a re-encoded video does not need."""
+    if self._opened is None:
+      self._opened = VideoContainer(self._source)
+    return self._opened
 
   @property
   def fps(self) -> float:
@@ -107,6 +126,8 @@ class VideoReader:
     Raises:
       VideoError: the video cannot be read, or has no frames.
     """
+    if self._reencoded is not None:
+      return self._reencoded.times
     if self._index is not None:
       times = np.array(self._index.times, np.float64)
       times *= float(self._container.stream.time_base or 1)
@@ -196,7 +217,7 @@ class VideoReader:
 
     It can be used for files of video_writer.
     """
-    return min(self._container.size) if self._can_skip_odd_frames else None
+    return min(self._reencoded.size) if self._reencoded is not None else None
 
   def iter_planes(
     self, indices: Sequence[int] | np.ndarray
@@ -217,6 +238,13 @@ class VideoReader:
     wanted = sorted({int(index) for index in indices})
     if not wanted or wanted[0] < 0:
       raise ValueError(f'expected indices of 0 or more, got {wanted}')
+    if self._reencoded is not None:
+      self._check_index(wanted[-1], len(self._reencoded.times))
+      # Otherwise FFmpeg finds out whether the file is damaged.
+      with contextlib.suppress(DamagedError):
+        for index, picture in self._reencoded.decode(wanted):
+          yield index, convert(picture)
+        return
     if self._index is not None:
       self._check_index(wanted[-1], len(self._index.times))
       with contextlib.suppress(_WrongIndexError):
@@ -228,13 +256,12 @@ class VideoReader:
   def _index(self) -> FrameIndex | None:
     return self._container.frame_index()
 
-  @functools.cached_property
-  def _can_skip_odd_frames(self) -> bool:
-    return (
-      self._container.odd_frames_are_optional
-      and self._index is not None
-      and not any(index % 2 for index in self._index.keyframes)
-    )
+  @property
+  def _stored_size(self) -> tuple[int, int]:
+    """Height and width of a stored picture, before it is oriented."""
+    if self._reencoded is not None:
+      return self._reencoded.size
+    return self._container.size
 
   def _pictures(
     self, start: float = 0.0, end: float = math.inf
@@ -254,12 +281,12 @@ class VideoReader:
   def _to_rgb(self, picture: av.VideoFrame | av.Packet) -> Frame:
     if isinstance(picture, av.Packet):
       return self._jpeg_to_rgb(picture)
-    height, width = self._container.size
+    height, width = self._stored_size
     try:
       # By default the conversion starts threads, and is slower.
-      rgb = picture.to_ndarray(
-        format='rgb24', height=height, width=width, threads=1
-      )
+      rgb = self._reformatter.reformat(
+        picture, width, height, 'rgb24', threads=1
+      ).to_ndarray()
     except FAILURES as error:
       raise self._container.error(
         'cannot be converted to RGB', error
@@ -267,7 +294,7 @@ class VideoReader:
     return _orient(rgb, picture)
 
   def _to_planes(self, picture: av.VideoFrame) -> Planes:
-    height, width = self._container.size
+    height, width = self._stored_size
     found = picture.format.name, picture.height, picture.width
     if found != ('yuv420p', height, width) or height % 2 or width % 2:
       raise self._container.error(
@@ -324,8 +351,6 @@ class VideoReader:
       missing = set(run)
       if container.stream.codec_context.name == 'mjpeg':
         items = container.packets()
-      elif self._can_skip_odd_frames:
-        items = self._decode_without_odd_frames(index_at, run)
       else:
         items = container.decode()
       for item in items:
@@ -339,22 +364,6 @@ class VideoReader:
           break
       if missing:
         raise _WrongIndexError
-
-  def _decode_without_odd_frames(
-    self, index_at: dict[int, int], run: list[int]
-  ) -> Iterator[av.VideoFrame]:
-    """Decodes the frames of a run, and of others those of even indices."""
-    container = self._container
-    missing = set(run)
-    for packet in container.packets():
-      i = -1 if packet.pts is None else index_at.get(packet.pts, -1)
-      if i in missing or i % 2 == 0:
-        yield from container.decode_packet(packet)
-        missing.discard(i)
-      if not missing:
-        break
-    # The decoder holds a picture back as long as one before it may follow.
-    yield from container.decode_packet(None)
 
   def _jpeg_to_rgb(self, packet: av.Packet) -> Frame:
     """Decodes a JPEG file with OpenCV.
