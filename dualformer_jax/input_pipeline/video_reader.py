@@ -351,6 +351,8 @@ class VideoReader:
       missing = set(run)
       if container.stream.codec_context.name == 'mjpeg':
         items = container.packets()
+      elif container.stream.codec_context.name == 'h264':
+        items = self._decode_h264(index_at, run)
       else:
         items = container.decode()
       for item in items:
@@ -364,6 +366,22 @@ class VideoReader:
           break
       if missing:
         raise _WrongIndexError
+
+  def _decode_h264(
+    self, index_at: dict[int, int], run: list[int]
+  ) -> Iterator[av.VideoFrame]:
+    """Decodes the frames of a run, and others that some may be predicted from.
+
+    Frames marked as not used for reference, often more than half of all, are
+    skipped by the decoder.
+    """
+    wanted = set(run)
+    context: Any = self._container.stream.codec_context
+    for packet in self._container.packets():
+      index = None if packet.pts is None else index_at.get(packet.pts)
+      is_wanted = index is None or index in wanted
+      context.skip_frame = 'DEFAULT' if is_wanted else 'NONREF'
+      yield from self._container.decode_packet(packet)
 
   def _jpeg_to_rgb(self, packet: av.Packet) -> Frame:
     """Decodes a JPEG file with OpenCV.

@@ -201,6 +201,32 @@ def test_only_needed_frames_of_our_files_are_decoded(wanted, needed):
     np.testing.assert_array_equal(reader.get_frames(wanted), expected)
 
 
+def test_unwanted_frames_that_no_other_needs_are_skipped():
+  frames = videos.moving(48)
+  video = videos.encode(
+    frames, 'libx264', 'mp4', **{'x264-params': 'keyint=48:bframes=2:b-adapt=0'}
+  )
+  wanted = [20, 21, 22, 40]
+  expected = videos.decode_all(video)[wanted]
+  packets = videos.packets(video)
+  order = sorted(packet.pts for packet in packets)
+  damaged = bytearray(video)
+  count = 0
+  for packet in packets[1:]:  # The first has the encoder's options.
+    # nal_ref_idc is 0 where no other frame refers to this one.
+    is_reference = bytes(packet)[4] & 0x60
+    if not is_reference and order.index(packet.pts) not in wanted:
+      damaged[packet.pos + 5 : packet.pos + packet.size] = bytes(
+        packet.size - 5
+      )
+      count += 1
+  assert count > 10
+  with pytest.raises(VideoError):
+    videos.probe(bytes(damaged))
+  with VideoReader(damaged) as reader:
+    np.testing.assert_array_equal(reader.get_frames(wanted), expected)
+
+
 @pytest.mark.parametrize(
   'changed',
   [
