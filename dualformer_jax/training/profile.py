@@ -188,7 +188,12 @@ def _time_stages(
       with video_reader.VideoReader(video) as reader:
         multiple = dataset.start_multiple
         indices = transforms.train_frame_indices(p, len(reader), rng, multiple)
-        for _ in reader.iter_frames(indices):
+        as_stored = reader.planes_short_side == dataset.train_short_side
+        if dataset.yuv420 and as_stored:
+          frames = reader.iter_planes(indices)
+        else:
+          frames = reader.iter_frames(indices)
+        for _ in frames:
           pass
       times.append(time.perf_counter())
       transforms.train_clips(  # decodes the same frames once more
@@ -198,6 +203,7 @@ def _time_stages(
         short_side=dataset.train_short_side,
         random_crop=dataset.random_crop,
         start_multiple=multiple,
+        yuv420=dataset.yuv420,
       )
       times.append(time.perf_counter())
     except UserError:  # unreadable; training skips it as well
