@@ -8,14 +8,18 @@ import re
 import struct
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tensorboard.compat.proto import event_pb2
 
 import dualformer_jax
+from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.inference import recognizer as recognizers
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from tests import training_command
+from tests.input_pipeline import object_stores
+from tests.input_pipeline.test_object_store import uploaded
 
 NUM_STEPS = 18  # 3 epochs of 48 videos, 8 at a time.
 FLAGS = (
@@ -111,6 +115,26 @@ def test_progress_is_logged(trained):
   assert re.search(r'^I\d{4} \d\d:\d\d:\d\d loop.py:\d+\] step 2/', log, re.M)
   assert 'first step, including compilation' in log
   assert 'Traceback' not in log
+
+
+def test_training_from_a_failing_object_store_changes_nothing(
+  trained, train, motion_dataset, monkeypatch, tmp_path
+):
+  monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
+  faults = object_stores.Faults(latency=0.01, share=0.03)
+  with uploaded(monkeypatch, 's3', motion_dataset, faults) as url:
+    done = train(*FLAGS, f'--config.dataset.data_dir={url}')
+  assert done.returncode == 0, done.stderr
+  assert faults.failed >= 5  # of several hundred requests
+  expected, found = (
+    checkpoint.load_model(folder)[0]
+    for folder in (trained[0], tmp_path / 'workdir')
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  scores = [
+    read_report(w)['view_budget'] for w in (trained[0], tmp_path / 'workdir')
+  ]
+  assert scores[0] == scores[1]
 
 
 def test_latest_and_best_checkpoints_are_kept(trained):
