@@ -40,7 +40,7 @@ class Page(html.parser.HTMLParser):
 @pytest.fixture(scope='module')
 def site(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp('site')
-  command = [sys.executable, '-m', 'mkdocs', 'build', '--strict', '--quiet']
+  command = [sys.executable, '-m', 'mkdocs', 'build', '--strict']
   done = subprocess.run(
     [*command, '--site-dir', str(folder)],
     cwd=ROOT,
@@ -49,7 +49,6 @@ def site(tmp_path_factory) -> pathlib.Path:
     text=True,
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout + done.stderr == ''
   return folder
 
 
