@@ -5,6 +5,7 @@ GitHub. Each becomes a page, README.md several pages, and links are rewritten.
 """
 
 from collections.abc import Iterator
+import html
 import importlib
 import os
 import pathlib
@@ -153,12 +154,12 @@ def commands() -> str:
       code = f'```bash\n{textwrap.dedent(part).strip()}\n```'
       text += f'{code if is_code else part}\n\n'
     text += '| flag | default | |\n|---|---|---|\n'
+    before = set(flags.FLAGS)
     module.define_flags()
-    for flag in flags.FLAGS.get_flags_for_module(module.__name__):
+    for flag in [flags.FLAGS[n] for n in flags.FLAGS if n not in before]:
       default = '' if flag.default in (None, '', []) else f'`{flag.default}`'
-      effect = re.sub(
-        r'([\[|<*])', r'\\\1', ' '.join((flag.help or '').split())
-      )
+      effect = html.escape(' '.join((flag.help or '').split()), quote=False)
+      effect = re.sub(r'([\[|*])', r'\\\1', effect)
       text += f'| `--{flag.name}` | {default} | {effect} |\n'
       delattr(flags.FLAGS, flag.name)  # commands share names of flags
   return text

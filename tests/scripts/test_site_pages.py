@@ -94,6 +94,18 @@ def test_the_search_finds_sections_of_all_sources(site):
   assert expected <= found
 
 
+@pytest.mark.slow
+def test_the_page_of_commands_has_their_flags(site):
+  page = (site / 'reference/commands/index.html').read_text('utf-8')
+  for text in (
+    '<h2 id="predict">predict',
+    '<td><code>--mode</code></td>\n<td><code>train</code></td>\n'
+    '<td>&lt;train|test|profile&gt;: train: train or resume',
+    '<td>Also write <code>tokens</code>, [videos, d, h, w, channels], of the',
+  ):
+    assert text in page
+
+
 @pytest.fixture
 def repository(tmp_path, monkeypatch) -> pathlib.Path:
   """A repository whose README.md has two pages, and a page in docs/."""
