@@ -11,7 +11,6 @@ import subprocess
 import sys
 from urllib import parse
 
-from mkdocs.exceptions import PluginError
 import pytest
 
 from scripts import site_pages
@@ -141,8 +140,12 @@ def test_renamed_section_and_missing_file_are_errors(repository):
   readme = repository / 'README.md'
   text = readme.read_text()
   readme.write_text(text.replace('code/a.py', 'code/b.py'))
-  with pytest.raises(PluginError, match=r'links to code/b\.py, which does not'):
+  with pytest.raises(
+    site_pages.PluginError, match=r'links to code/b\.py, which does not'
+  ):
     site_pages.Pages(repository).markdown('use.md')
   readme.write_text(text.replace('## Use', '## Usage'))
-  with pytest.raises(PluginError, match="has no section 'Use'.* STARTS in"):
+  with pytest.raises(
+    site_pages.PluginError, match="has no section 'Use'.* STARTS in"
+  ):
     site_pages.Pages(repository)
