@@ -60,21 +60,16 @@ def run(
     define_flags()
   module = sys.modules[main.__module__]
   if {'-h', '--help'} & set(sys.argv[1:]):
-    with _ended_by_closed_pipe():
+    with _ended_by_failed_writes():
       print(f'{module.__doc__}\nFlags:\n{flags.FLAGS.module_help(module)}')
     sys.exit(0)
 
   def call(argv: list[str]) -> None:
     try:
-      with _ended_by_closed_pipe():
+      with _ended_by_failed_writes():
         main(*([argv[1:]] if arguments else []))
     except UserError as error:
       _exit_with_error(str(error))
-    except OSError as error:
-      if error.errno not in DISK_ERRORS:
-        raise
-      path = error.filename or 'a file'
-      _exit_with_error(f'{path} cannot be written: {error.strerror}')
     except KeyboardInterrupt:
       sys.exit(130)
 
@@ -83,15 +78,37 @@ def run(
 
 
 @contextlib.contextmanager
-def _ended_by_closed_pipe() -> Iterator[None]:
-  """Ends the process silently if the reader of its output has: `... | head`."""
+def _ended_by_failed_writes() -> Iterator[None]:
+  """Ends the process if a disk is full or the like, without a traceback.
+
+  It ends silently if the reader of its output has: `... | head`.
+  """
   try:
     yield
     sys.stdout.flush()
   except BrokenPipeError:
-    # Python flushes once more at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _discard_stdout()
     sys.exit(128 + signal.SIGPIPE)
+  except OSError as error:
+    if error.errno not in DISK_ERRORS:
+      raise
+    path = error.filename or ('a file' if _is_stdout_writable() else 'stdout')
+    _exit_with_error(f'{path} cannot be written: {error.strerror}')
+
+
+def _is_stdout_writable() -> bool:
+  """Returns whether a line can be printed; if not, discards the output."""
+  try:
+    print(flush=True)
+  except OSError:
+    _discard_stdout()
+    return False
+  return True
+
+
+def _discard_stdout() -> None:
+  # Python flushes once more at exit.
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def enable_compilation_cache() -> None:

@@ -2,13 +2,18 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import errno
 import glob
 import itertools
 import os
 import pathlib
 import re
+import socket
 from typing import NamedTuple
+from urllib import parse
 
+import av
+import av.error
 import cv2
 
 from dualformer_jax import files
@@ -20,6 +25,7 @@ from dualformer_jax.input_pipeline.video_reader import VideoReader
 # An argument of another form is a file, a folder or a pattern.
 _LIVE = re.compile(r'\d{1,3}|(rtsps?|rtmps?|https?)://.+', re.IGNORECASE)
 _DEFAULT_FPS, _MAX_FPS = 25.0, 1000.0
+_SECONDS_TO_OPEN = 5.0  # an address, to find out why it could not be opened
 
 
 class Source(NamedTuple):
@@ -129,6 +135,23 @@ def open_stream(
     yield FrameStream(frames, fps, duration)
 
 
+def _why_closed(address: str) -> str:
+  """Returns why an address cannot be opened, which OpenCV does not report."""
+  try:
+    with av.open(address, timeout=_SECONDS_TO_OPEN):
+      return 'it was opened at the second attempt'
+  except av.error.ExitError:
+    return f'no answer within {_SECONDS_TO_OPEN:g} seconds'
+  except video_container.FAILURES as error:
+    reason = getattr(error, 'strerror', None) or str(error)
+    if getattr(error, 'errno', None) == errno.EIO:  # a name without an address?
+      try:
+        socket.getaddrinfo(parse.urlsplit(address).hostname, None)
+      except OSError as unresolved:
+        reason = unresolved.strerror or reason
+    return reason
+
+
 def _open_live(name: str) -> tuple[Iterator[TimedFrame], float, None]:
   # Errors are reported below; OpenCV and its FFmpeg would print their own.
   os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
@@ -138,7 +161,8 @@ def _open_live(name: str) -> tuple[Iterator[TimedFrame], float, None]:
   else:
     capture = cv2.VideoCapture(name, cv2.CAP_FFMPEG)
   if not capture.isOpened():
-    raise UserError('cannot be opened, or sends no video')
+    reason = '' if name.isdecimal() else f': {_why_closed(name)}'
+    raise UserError(f'cannot be opened, or sends no video{reason}')
   fps = capture.get(cv2.CAP_PROP_FPS)
   fps = fps if 0 < fps <= _MAX_FPS else _DEFAULT_FPS
 

@@ -297,8 +297,9 @@ def _find_folder(
     return folder, 'prepare it again with tfds build'
   folder = pathlib.Path(data_dir).expanduser() / folder
   name, _, config = name_or_folder.partition('/')
+  videos = '' if name == 'motion' else ' --manual_dir=VIDEOS'  # or rendered
   how_to_make = (
-    f'prepare it with: tfds build data/{name} --manual_dir=VIDEOS'
+    f'prepare it with: tfds build data/{name}{videos}'
     f'{config and f" --config={config}"} --data_dir={data_dir} (see'
     f' data/{name}/README.md)'
   )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import math
+import re
 from typing import Any
 
 from dualformer_jax.errors import UserError
@@ -125,6 +126,10 @@ def check(config: Config) -> None:
     DualFormer(**config.model.to_dict())
   except UserError as error:
     faults.append(f'config.{error}')
+  try:
+    re.compile(config.optimizer.frozen)
+  except re.error as error:
+    add('optimizer.frozen', f'a regular expression ({error})')
   short_side = config.dataset.train_short_side
   if config.model.image_size > short_side:
     add('model.image_size', f'at most {short_side} (dataset.train_short_side)')

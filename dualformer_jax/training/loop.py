@@ -74,6 +74,14 @@ def train_and_test(
   validation_data = setup.open_split(config, dataset.validation_split)
   clips_per_epoch = dataset.repeats * len(train_data)
   steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
+  if clips_per_epoch < config.batch_size:
+    _LOG.warning(
+      'batch_size is %d, but an epoch has %d clips (training videos times '
+      'dataset.repeats): each step has several clips of some videos, and is an '
+      'epoch',
+      config.batch_size,
+      clips_per_epoch,
+    )
   total_steps = config.num_epochs * steps_per_epoch
   validation_steps = config.validation.every_epochs * steps_per_epoch
 

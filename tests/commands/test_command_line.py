@@ -247,6 +247,27 @@ def test_full_disk_is_reported_in_one_line():
   assert 'Traceback' not in done.stderr
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='Linux has it')
+@pytest.mark.parametrize(
+  ('argument', 'unbuffered'), [('--src=file', '1'), ('--help', '')]
+)
+def test_full_disk_of_stdout_is_reported_in_one_line(argument, unbuffered):
+  environment = {'PYTHONPATH': str(ROOT), 'PYTHONUNBUFFERED': unbuffered}
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+      [sys.executable, __file__, argument],
+      env={**os.environ, **environment},
+      stdout=full,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+  assert done.stderr.splitlines()[-1] == (
+    'error: stdout cannot be written: No space left on device'
+  )
+  assert done.returncode == 2
+  assert 'Traceback' not in done.stderr
+
+
 def test_characters_that_the_terminal_has_not_are_escaped():
   done = _run('--src=café', PYTHONIOENCODING='ascii')
   assert (done.stdout, done.returncode) == ('caf\\xe9\n', 0)
@@ -372,6 +393,25 @@ def test_signal_ends_a_command_whose_log_nobody_reads(tmp_path, src):
     process.send_signal(signal.SIGINT)
     time.sleep(0.5)
   assert process.wait(20) == 128 + signal.SIGINT
+
+
+@pytest.mark.parametrize('library', ['absl.flags', 'ml_collections'])
+def test_signal_while_libraries_are_imported_leaves_no_traceback(library):
+  process = subprocess.Popen(
+    # Prints the name of each module when it has been imported.
+    [sys.executable, '-X', 'importtime', '-m', 'dualformer_jax.main', '--help'],
+    cwd=ROOT,
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  assert process.stderr is not None
+  while process.stderr.readline().split('|')[-1].strip() != library:
+    assert process.poll() is None
+  process.send_signal(signal.SIGINT)
+  _, log = process.communicate(timeout=20)
+  assert 'Traceback' not in log
+  assert process.returncode in (-signal.SIGINT, 128 + signal.SIGINT)
 
 
 @pytest.mark.parametrize('arguments', [[], ['--help']])

@@ -540,7 +540,11 @@ def _files(tmp_path) -> pathlib.Path:
   [
     ('', 'VIDEO must be given'),
     ('none.mp4', 'none.mp4: no such file or folder'),
-    ('http://127.0.0.1:1/x', 'http://127.0.0.1:1/x: cannot be opened'),
+    (
+      'http://127.0.0.1:1/x',
+      'http://127.0.0.1:1/x: cannot be opened, or sends no video: Connection'
+      ' refused',
+    ),
     ('a.mp4 --checkpoint=empty', 'empty holds no checkpoint'),
     ('a.mp4 --top_k=0', '--top_k=0'),
     ('a.mp4 --stride=nan', '--stride=nan: expected more than 0'),

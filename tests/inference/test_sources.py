@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.server
+import socket
+import threading
+
 import pytest
 
+from dualformer_jax import errors
 from dualformer_jax.inference import sources
 
 
@@ -101,3 +107,34 @@ def test_numbers_and_addresses_are_live():
     assert sources.is_live(name)
   for name in ('./0', '0.mp4', 'file://x', 'http:/x', 'pipe:0', '1234', ''):
     assert not sources.is_live(name)
+
+
+@pytest.mark.parametrize(
+  ('address', 'reason'),
+  [
+    ('http://127.0.0.1:1/x', 'Connection refused'),
+    ('rtsp://127.0.0.1:1/x', 'Connection refused'),
+    ('http://name.invalid/x', '.*(name|Name).*'),  # the resolver's words
+    ('http://127.0.0.1:PORT/x', 'Server returned 404 Not Found'),
+  ],
+)
+def test_address_that_cannot_be_opened_has_the_reason(address, reason):
+  handler = http.server.SimpleHTTPRequestHandler
+  with contextlib.ExitStack() as stack:
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
+    stack.enter_context(server)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    stack.callback(server.shutdown)
+    address = address.replace('PORT', str(server.server_port))
+    with (
+      pytest.raises(errors.UserError, match=f': {reason}$'),
+      sources.open_stream(address),
+    ):
+      pass
+
+
+def test_address_that_does_not_answer_is_left_after_some_time(monkeypatch):
+  monkeypatch.setattr(sources, '_SECONDS_TO_OPEN', 0.5)
+  with socket.create_server(('127.0.0.1', 0)) as server:
+    address = f'http://127.0.0.1:{server.getsockname()[1]}/x'
+    assert sources._why_closed(address) == 'no answer within 0.5 seconds'

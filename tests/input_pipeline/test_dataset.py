@@ -211,6 +211,8 @@ def test_missing_files_raise_with_the_command_to_prepare_them(copied):
     f'{data_dir}/k400: no such dataset; prepare it with:'
     f' {command.replace("NAME", "k400")}'
   )
+  with pytest.raises(errors.UserError, match='data/motion --data_dir='):
+    PreparedDataset('motion', 'train', str(data_dir))  # its videos are rendered
   command = command.replace('NAME', 'levels')
   shard = 'levels-train.tfrecord-00001-of-00003'
   os.rename(folder / shard, folder / 'elsewhere')

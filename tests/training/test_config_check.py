@@ -87,6 +87,7 @@ def test_recipes_are_valid(name):
     ('optimizer.eps', 0.0, 'more than 0'),
     ('optimizer.layer_decay', 0.0, 'more than 0 and at most 1'),
     ('optimizer.max_grad_norm', -1.0, 'at least 0'),
+    ('optimizer.frozen', '(', 'a regular expression (missing ), unterminated'),
   ],
 )
 def test_value_out_of_range_raises(field, value, expected):

@@ -417,6 +417,18 @@ def assert_one_line(done, *expected: str) -> None:
   assert (done.returncode, done.stdout) == (2, '')
 
 
+def test_batch_larger_than_the_dataset_is_logged(motion_dataset, tmp_path):
+  done = training_command.run_here(
+    f'--config.dataset.data_dir={motion_dataset}',
+    '--config.batch_size=96',
+    '--config.dataset.repeats=1',
+    '--config.mesh.tensor=1000',  # ends the run before anything is compiled
+    workdir=tmp_path,
+  )
+  assert 'batch_size is 96, but an epoch has 48 clips' in done.stderr
+  assert done.returncode == 2
+
+
 def test_unknown_field_is_one_line(train, tmp_path):
   done = train('--config.optimizer.learning_rte=1')
   assert_one_line(done, "'learning_rte'", "did you mean 'learning_rate'?")

@@ -105,7 +105,7 @@ def _summarize(report: dict[str, Any]) -> list[str]:
   for name, split in report['splits'].items():
     counts = split['classes'].values()
     line = (
-      f'{name}: {split["videos"]} videos, {split["bytes"] / 1e6:.1f} MB,'
+      f'{name}: {_videos(split["videos"])}, {split["bytes"] / 1e6:.1f} MB,'
       f' {sum(count > 0 for count in counts)} of {len(counts)} classes'
     )
     if name in listed:
@@ -117,16 +117,20 @@ def _summarize(report: dict[str, Any]) -> list[str]:
     lines.append(f'most missing in {split}: {text}')
   if 'found' in report:
     bad = report['undecodable']
-    lines.append(f'{len(bad)} of {report["found"]} videos cannot be decoded')
+    lines.append(f'{len(bad)} of {_videos(report["found"])} cannot be decoded')
     lines += _first(f'{item["video_id"]}: {item["reason"]}' for item in bad)
   for copies in report[NEAR_DUPLICATES]:
     first, second = copies['splits']
     lines.append(
-      f'{len(copies["videos"])} videos of {second} are near-duplicates of'
-      f' videos of {first}; scores on {second} will be too high'
+      f'near-duplicates of videos of {first}: {_videos(len(copies["videos"]))}'
+      f' of {second}; scores on {second} will be too high'
     )
     lines += _first(f'{b} duplicates {a}' for a, b in copies['videos'])
   return lines + report.get('notes', [])
+
+
+def _videos(count: int) -> str:
+  return f'{count} video{"s" * (count != 1)}'
 
 
 def _first(items: Any) -> list[str]:

@@ -47,6 +47,18 @@ def test_fingerprint_depends_on_split_name_label_and_content():
   assert len(fingerprints) == 5
 
 
+def test_summary_of_one_video_is_singular(tmp_path):
+  entries = [entry('train', 'a', 0, 'A'), entry('test', 'b', 0, 'A')]
+  summary = reports.write(tmp_path, make(entries, found=1, undecodable=[]))
+  for line in (
+    'train: 1 video, ',
+    '0 of 1 video cannot be decoded',
+    'near-duplicates of videos of train: 1 video of test; scores on test',
+  ):
+    assert f'\n{line}' in summary
+  assert '1 videos' not in summary
+
+
 def test_summary_lists_what_is_missing_and_undecodable(tmp_path):
   bad = [{'video_id': f'bad{i}', 'reason': 'is empty'} for i in range(25)]
   report = make(
