@@ -93,10 +93,11 @@ class Hub:
     name: str,
     files: Mapping[str, bytes],
     kind: str = 'model',
-    **options: bool,
+    private: bool = False,
+    gated: bool = False,
   ) -> Repository:
     """Adds a repository with files."""
-    repository = Repository(**options)
+    repository = Repository(private, gated)
     repository.commit(files)
     self.repositories[kind, name] = repository
     return repository
@@ -188,7 +189,9 @@ class _Handler(SilentHandler):
 
   do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
-  def answer(self, status: int, content: bytes = b'', **headers: str) -> None:
+  def answer(
+    self, status: int, content: bytes = b'', /, **headers: str
+  ) -> None:
     self.send_response(status)
     self.send_header('Content-Length', str(len(content)))
     for name, value in headers.items():
@@ -272,7 +275,7 @@ class _Handler(SilentHandler):
 
   def resolve(self, path: str) -> None:
     files = self.repository.commits[self.commit]
-    headers = {'X_Repo_Commit': self.commit}
+    headers: Any = {'X_Repo_Commit': self.commit}
     if self.repository.gated and not self.is_owner:
       self.answer(401, X_Error_Code='GatedRepo', **headers)
     elif path not in files:
