@@ -2,7 +2,7 @@
 
 It answers what huggingface_hub asks to create repositories, branches and tags,
 to upload files (in commits, and large ones with Git LFS) and to read them. As
-on the Hub, large files are served from another path, after a redirection.
+on the Hub, large files are served from another host, after a redirection.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ class _Handler(SilentHandler):
     hub = self.server_state
     url = urllib.parse.urlsplit(self.path)
     self.query = urllib.parse.parse_qs(url.query)
-    self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    self.body = self.read_body()
     hub.requests.append(f'{self.command} {urllib.parse.unquote(self.path)}')
     token = self.headers.get('Authorization', '').removeprefix('Bearer ')
     self.is_owner = token == TOKEN
@@ -188,6 +188,16 @@ class _Handler(SilentHandler):
     self.answer(404, f'no route for {self.path}'.encode())
 
   do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
+
+  def read_body(self) -> bytes:
+    if self.headers.get('Transfer-Encoding') != 'chunked':
+      return self.rfile.read(int(self.headers.get('Content-Length') or 0))
+    chunks = []
+    while size := int(self.rfile.readline(), 16):
+      chunks.append(self.rfile.read(size))
+      self.rfile.readline()
+    self.rfile.readline()
+    return b''.join(chunks)
 
   def answer(
     self, status: int, content: bytes = b'', /, **headers: str
@@ -284,9 +294,11 @@ class _Handler(SilentHandler):
       content = files[path]
       digest = hashlib.sha256(content).hexdigest()
       self.server_state.large[digest] = content
+      # Another host for the client.
+      storage = self.server_state.url.replace('127.0.0.1', 'localhost')
       self.answer(
         302,
-        Location=f'{self.server_state.url}/storage/{digest}/{path}',
+        Location=f'{storage}/storage/{digest}/{path}',
         X_Linked_Etag=f'"{digest}"',
         X_Linked_Size=str(len(content)),
         **headers,

@@ -312,6 +312,8 @@ def client_errors(address: Address) -> Iterator[None]:
 def _user_error(address: Address, error: Exception) -> UserError:
   from huggingface_hub import constants, errors, get_token
 
+  if type(error) is RuntimeError and isinstance(error.__cause__, Exception):
+    error = error.__cause__  # of a file among several
   endpoint = constants.ENDPOINT
   login = 'log in with `hf auth login` or set HF_TOKEN'
   response: Any = getattr(error, 'response', None)
@@ -355,4 +357,6 @@ def _user_error(address: Address, error: Exception) -> UserError:
     reason = ' '.join(f'{type(cause).__name__}: {cause}'.split())[:300]
   if status is not None and status < 500:
     return UserError(f'{address}: {endpoint} answers {reason}')
+  if isinstance(error, ValueError):  # as by invalid fields of a model card
+    return UserError(f'{address}: {reason}')
   return _UnreachableError(f'{address}: {endpoint} cannot be read: {reason}')

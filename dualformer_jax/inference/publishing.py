@@ -79,14 +79,14 @@ def find_report(folder: pathlib.Path) -> dict[str, Any] | None:
   Raises:
     UserError: the file is damaged.
   """
-  kind = folder.parent.name
-  if kind not in (checkpoint.LATEST, checkpoint.BEST):
+  kinds = (checkpoint.LATEST, checkpoint.BEST)
+  if folder.parent.name not in kinds:
     return None
   path = folder.parents[1] / 'report.json'
   try:
     report = json.loads(path.read_text('utf-8'))
-    # The workdir may have been moved.
-    tested = pathlib.PurePath(report['checkpoint']).parts[-2:]
+    # The workdir may have been moved; the best checkpoint may be the latest.
+    kind, step = pathlib.PurePath(report['checkpoint']).parts[-2:]
   except FileNotFoundError:
     return None
   except (OSError, ValueError, KeyError, TypeError) as error:
@@ -94,14 +94,15 @@ def find_report(folder: pathlib.Path) -> dict[str, Any] | None:
       f'{path}: cannot be read ({type(error).__name__}: {error}); run the test '
       'again with --mode=test, or remove it to push without scores'
     ) from error
-  if tested != folder.parts[-2:]:
+  if kind not in kinds or step != folder.name:
     _LOG.warning(
-      '%s is of %s, not of %s, so the model card will state no scores; pass '
-      '--checkpoint=%s to push what was tested',
+      '%s is of %s/%s, not of %s/%s, so the model card will state no scores; '
+      'push what was tested with --checkpoint=%s, or test this checkpoint',
       path,
-      '/'.join(tested),
-      '/'.join(folder.parts[-2:]),
-      folder.parents[1].joinpath(*tested),
+      kind,
+      step,
+      *folder.parts[-2:],
+      folder.parents[1] / kind / step,
     )
     return None
   return report
