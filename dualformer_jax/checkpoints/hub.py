@@ -70,11 +70,16 @@ class Address:
     """
     found = _ADDRESS.fullmatch(text)
     file = (found and found['file']) or ''
-    if found is None or {'', '.', '..'} & set(file.split('/')[: bool(file)]):
-      raise UserError(f'{text}: is no address of a model; expected {_EXPECTED}')
+    is_valid = not file or not {'', '.', '..'} & set(file.split('/'))
+    if found is None or not is_valid:
+      raise UserError(
+        f'{text}: is not the address of a model; expected {_EXPECTED}'
+      )
     owner = found['repository'].partition('/')[0]
     if owner in ('datasets', 'spaces'):
-      raise UserError(f'{text}: names one of the {owner}; expected {_EXPECTED}')
+      raise UserError(
+        f'{text}: is in {owner}, not a model; expected {_EXPECTED}'
+      )
     revision = urllib.parse.unquote(found['revision'] or _BRANCH)
     return cls(found['repository'], revision, file)
 

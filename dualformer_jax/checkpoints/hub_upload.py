@@ -19,11 +19,13 @@ class Target:
     address: the repository and the branch.
     exists: whether the repository exists.
     parent: the latest commit of the branch; None if there is no such branch.
+    names: the files of the branch.
   """
 
   address: hub.Address
   exists: bool
   parent: str | None
+  names: frozenset[str] = frozenset()
 
 
 def find_target(text: str, overwrite: bool, private: bool) -> Target:
@@ -65,13 +67,14 @@ def find_target(text: str, overwrite: bool, private: bool) -> Target:
       f'{address}: is public already; omit --private, or make it private in '
       'its settings'
     )
-  names = {file.rfilename for file in info.siblings} - {_CREATED_BY_HUB}
+  names = frozenset(file.rfilename for file in info.siblings)
+  names -= {_CREATED_BY_HUB}
   if names and not overwrite:
     raise UserError(
       f'{address}: has files already ({listed(map(quote, sorted(names)), 5)}); '
       'choose another name or branch, or add --overwrite'
     )
-  return Target(address, True, info.sha)
+  return Target(address, True, info.sha, names)
 
 
 def upload(

@@ -41,7 +41,7 @@ def encode(
 ) -> dict[str, bytes]:
   """Returns the content of the two files by name."""
   arrays = {
-    name: np.ascontiguousarray(array)
+    name: np.asarray(array, order='C')
     for name, array in traverse_util.flatten_dict(
       dict(variables), sep='/'
     ).items()

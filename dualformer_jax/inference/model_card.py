@@ -43,9 +43,8 @@ def render(
   lines = [
     f'# {address.repository.partition("/")[2]}',
     '',
-    f'[DualFormer]({_PAPER}), a video classifier for '
-    f'{len(metadata.class_names)} classes, trained and stored with '
-    f'`{_LIBRARY}`.',
+    f'A video classifier for {len(metadata.class_names)} classes: '
+    f'[DualFormer]({_PAPER}), for `{_LIBRARY}`.',
     '',
     *_usage(address),
     *_evaluation(report),
@@ -137,10 +136,9 @@ def _evaluation(report: Mapping[str, Any] | None) -> Iterator[str]:
   facts = {
     'dataset': f'{_code(dataset["name"])}, split {_code(dataset["split"])}',
     'fingerprint of the dataset': _code(dataset['fingerprint']),
-    'videos': f'{report["num_videos"]:,}, and '
-    f'{len(report["failed_videos"])} that could not be read',
-    'views of a video': f'{views["num_clips"]} clips x {views["num_crops"]} '
-    'crops',
+    'videos': f'{report["num_videos"]:,}',
+    'videos that could not be read': f'{len(report["failed_videos"]):,}',
+    'clips x crops of a video': f'{views["num_clips"]} x {views["num_crops"]}',
     'checkpoint': f'the {report["checkpoint_kind"]} of the run',
   }
   if 'hardware' in report:
@@ -173,10 +171,10 @@ def _model(metadata: CheckpointMetadata, num_parameters: int) -> Iterator[str]:
   facts = {
     'parameters': f'{num_parameters:,}',
     'input': f'{p.num_frames} frames of {p.image_size} x {p.image_size} pixels',
-    'sampling': f'dense, every {p.frame_interval}. frame'
+    'sampling': f'dense, frames {p.frame_interval} apart'
     if p.sampling == 'dense'
     else 'uniform, one frame from each segment',
-    'test views': f'{p.num_clips} clips x {p.num_crops} crops',
+    'clips x crops of a video': f'{p.num_clips} x {p.num_crops}',
     'classes': listed(names, 20),
     'several labels per video': 'yes' if metadata.multi_label else 'no',
   }
@@ -205,7 +203,9 @@ def _training(metadata: CheckpointMetadata) -> Iterator[str]:
     augmentations.insert(0, 'flips')
   facts = {
     'dataset': _code(config['dataset']['name']),
-    'initialized from': _code(config['init_from'] or 'random parameters'),
+    'initialized from': _code(config['init_from'])
+    if config['init_from']
+    else 'random parameters',
     'steps': f'{metadata.step:,} of {config["batch_size"]} clips',
     'epochs': f'at most {config["num_epochs"]}',
     'learning rate': f'{optimizer["learning_rate"]:g}, after '

@@ -16,6 +16,7 @@ from dualformer_jax.checkpoints import (
   hub_upload,
   portable,
 )
+from dualformer_jax.checkpoints.messages import listed, quote
 from dualformer_jax.errors import UserError
 from dualformer_jax.inference import model_card
 
@@ -65,6 +66,12 @@ def push(
   commit = hub_upload.upload(
     target, files, 'Upload a model with dualformer_jax', private
   )
+  if kept := sorted(target.names - files.keys()):
+    _LOG.warning(
+      '%s still has %s; delete there what is of other weights',
+      address,
+      listed(map(quote, kept)),
+    )
   pinned = dataclasses.replace(address, revision=commit)
   return (
     f'{address}: commit {commit}, {", ".join(files)}; '

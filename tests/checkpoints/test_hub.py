@@ -11,6 +11,7 @@ from typing import Any
 
 import huggingface_hub
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import pytest
 from safetensors.numpy import save
@@ -96,7 +97,9 @@ def test_addresses_are_parsed_and_printed(text, expected):
     'hf://owner/name@',
     'hf://owner/na me',
     'hf://owner/name/../../x',
+    'hf://owner/name/a/../x.pth',
     'hf://owner/name//x.pth',
+    'hf://owner/name/a//x.pth',
     'hf://datasets/owner/name',
     'hf://spaces/owner/name',
   ],
@@ -112,6 +115,31 @@ def test_model_of_the_hub_is_that_of_the_folder(server, local):
   folder = checkpoint.find(URL)
   assert {path.name for path in folder.iterdir()} == {hub.CONFIG, hub.WEIGHTS}
   assert_same_model(str(folder), local)
+
+
+def test_arrays_keep_their_shapes(tmp_path):
+  """Also the scalars among the statistics of BatchNorm."""
+  fields = small_checkpoint.FIELDS | {
+    'depths': (2,),
+    'coarse_sizes': ((2, 2, 2),),
+  }
+  metadata = checkpoint.CheckpointMetadata(
+    fields, small_checkpoint.PREPROCESSING, small_checkpoint.CLASS_NAMES
+  )
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype),
+    checkpoint.variable_shapes(metadata.build_model(), 'the test'),
+  )
+  assert any(leaf.shape == () for leaf in jax.tree.leaves(variables))
+  for name, content in portable.encode(variables, metadata).items():
+    (tmp_path / name).write_bytes(content)
+  found, _ = checkpoint.load_model(tmp_path)
+  jax.tree.map(
+    lambda *arrays: np.testing.assert_array_equal(*arrays, strict=True),
+    jax.tree.map(np.asarray, found),
+    variables,
+  )
 
 
 def test_revisions_are_branches_tags_and_commits(server, files, local):
@@ -309,7 +337,7 @@ def test_files_of_repositories_are_sources(server, local, tmp_path):
 
 # ------------------------------------------------------- revisions during a run
 def config_with(**fields: str) -> Any:
-  config = common.get_config()
+  config: Any = common.get_config()
   config.init_from = fields.get('init_from', '')
   config.token_labels.teacher = fields.get('teacher', '')
   return config
@@ -337,6 +365,38 @@ def test_run_keeps_the_commits_that_it_began_with(server, tmp_path, files):
   other = hub_revisions.pinned(config_with(init_from=URL), tmp_path / 'other')
   assert other.init_from == f'{URL}@{second}'
   assert not (tmp_path / 'other').exists()
+
+
+def test_hosts_have_the_commits_of_the_first(server, monkeypatch, tmp_path):
+  sent: list[np.ndarray] = []
+
+  def broadcast(array: np.ndarray) -> np.ndarray:
+    """Sends from process 0, and receives in others."""
+    if jax.process_index():
+      return sent.pop(0)
+    sent.append(array)
+    return array
+
+  def pinned_on(index: int, config: Any) -> Any:
+    monkeypatch.setattr(jax, 'process_index', lambda: index)
+    return hub_revisions.pinned(config, tmp_path, record=True)
+
+  monkeypatch.setattr(multihost_utils, 'broadcast_one_to_all', broadcast)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  repository = server.model('owner/small')
+  first = repository.refs['main']
+  config = config_with(init_from=URL, teacher=f'{URL}@main')
+  on_first = pinned_on(0, config)
+  assert on_first.init_from == f'{URL}@{first}'
+  repository.commit({'README.md': b'moved'})
+  before = len(server.requests)
+  assert pinned_on(1, config) == on_first
+  assert len(server.requests) == before
+  config = config_with(init_from='hf://owner/absent')
+  with one_line('has no such model'):
+    pinned_on(0, config)
+  with one_line('process 0 cannot resolve an hf:// address'):
+    pinned_on(1, config)
 
 
 def test_local_paths_of_a_run_are_unchanged(tmp_path):

@@ -156,8 +156,11 @@ def test_existing_files_need_overwrite(push, server):
     "has files already ('pytorch_model.bin'); choose another name or branch",
   )
   assert server.model('owner/small').refs['main'] == first
-  done = push(f'--push={URL}', '--overwrite', '--license=mit')
+  server.model('owner/small').commit({'old.zip': b'x'})
+  flags = (f'--push={URL}', '--overwrite', '--license=mit')
+  done = push(*flags, with_log=True)
   assert done.returncode == 0, done.stderr
+  assert f"{URL} still has 'old.zip'; delete there what" in done.stderr
   assert server.model('owner/small').refs['main'] != first
   assert card_of(server)[0]['license'] == 'mit'
 
@@ -263,7 +266,7 @@ def test_training_from_the_hub_and_back(
     f'{high:.1%}) |'
   ) in text
   assert f'`{report["dataset"]["fingerprint"]}`' in text
-  assert '| views of a video | 1 clips x 3 crops |' in text
+  assert '| clips x crops of a video | 1 x 3 |' in text
   assert f'| initialized from | `{URL}@{commit}` |' in text
   assert '| dataset | `motion`, split `validation` |' in text
   assert f'| hardware | {report["hardware"]} |' in text
