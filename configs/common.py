@@ -95,8 +95,8 @@ def get_config() -> config_dict.ConfigDict:
       'num_epochs': 30,
       'seed': 0,
       # Pretrained model: a checkpoint folder, a workdir, a .pth or .safetensors
-      # file, of a video or an image model. Classes, frames and image size may
-      # differ.
+      # file, of a video or an image model, or hf://OWNER/NAME[@REVISION][/FILE].
+      # Classes, frames and image size may differ.
       'init_from': '',
       'init_from_ema': False,  # use the EMA weights of such a file
       'label_smoothing': 0.0,

@@ -24,7 +24,10 @@ from dualformer_jax.stop_signals import stop_signals
 # The format of absl, without the number of the thread.
 LOG_FORMAT = '{levelname[0]}{asctime} {filename}:{lineno}] {message}'
 TIME_FORMAT = '%m%d %H:%M:%S'
-CHECKPOINT_HELP = 'A checkpoint folder, or the workdir of a training run.'
+CHECKPOINT_HELP = (
+  'A checkpoint folder, the workdir of a training run, or a model on the '
+  'Hugging Face Hub: hf://OWNER/NAME[@REVISION].'
+)
 
 # Messages of ml_collections: an unknown field, and a missing config file.
 _UNKNOWN_FIELD = re.compile(r"'(.+)'(\nDid you mean \"(.+?)\".*)?")

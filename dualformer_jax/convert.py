@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualformer_jax import command_line, files
+from dualformer_jax.checkpoints import hub
 from dualformer_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -29,7 +30,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'src',
     None,
-    'The .pth or .safetensors file, checkpoint folder or workdir.',
+    'The .pth or .safetensors file, checkpoint folder, workdir, or '
+    'hf://OWNER/NAME[@REVISION][/FILE].',
     required=True,
   )
   flags.DEFINE_string(
@@ -54,7 +56,6 @@ def define_flags() -> None:
 
 def main() -> None:
   """Converts in the direction that the flags imply."""
-  src = pathlib.Path(FLAGS.src).expanduser()
   dst = pathlib.Path(FLAGS.dst).expanduser()
   to_pth = dst.suffix == '.pth'
   for name in ('config', 'class_names', 'inflate', 'ema'):
@@ -63,17 +64,18 @@ def main() -> None:
         f'--{name} has no effect if --dst is a .pth file; omit it, or pass a '
         'folder as --dst'
       )
-  if not to_pth and src.is_dir():
-    raise UserError(
-      f'--src={src} is a folder, but --dst={dst} is not a file name that ends '
-      'in .pth'
-    )
   if not to_pth and FLAGS.config is None:
     raise UserError(
       '--config must be given to convert a .pth file: the recipe that it was '
       'trained with, such as --config=configs/k400_tiny.py'
     )
   files.check_writable(dst)
+  src = hub.local_path(FLAGS.src)
+  if not to_pth and src.is_dir():
+    raise UserError(
+      f'--src={FLAGS.src} is a folder, but --dst={dst} is not a file name that '
+      'ends in .pth'
+    )
   # Imported late: --help and errors in flags do not wait for JAX.
   import jax
 

@@ -60,7 +60,13 @@ def main() -> None:
   command_line.enable_compilation_cache()
 
   from dualformer_jax.distributed import processes
-  from dualformer_jax.training import cpu_memory, loop, profile, testing
+  from dualformer_jax.training import (
+    cpu_memory,
+    hub_revisions,
+    loop,
+    profile,
+    testing,
+  )
 
   if FLAGS.compare and FLAGS.mode != 'test':
     raise UserError(
@@ -70,12 +76,15 @@ def main() -> None:
     FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
   ):
     cpu_memory.keep_memory()
+    config = hub_revisions.pinned(
+      FLAGS.config, FLAGS.workdir, record=FLAGS.mode == 'train'
+    )
     if FLAGS.mode == 'train':
-      loop.train_and_test(FLAGS.config, FLAGS.workdir)
+      loop.train_and_test(config, FLAGS.workdir)
     elif FLAGS.mode == 'test':
-      testing.test(FLAGS.config, FLAGS.workdir, FLAGS.compare)
+      testing.test(config, FLAGS.workdir, FLAGS.compare)
     else:
-      profile.profile(FLAGS.config, FLAGS.workdir)
+      profile.profile(config, FLAGS.workdir)
 
 
 cli = functools.partial(command_line.run, main, define_flags)

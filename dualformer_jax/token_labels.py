@@ -20,7 +20,7 @@ FLAGS = flags.FLAGS
 def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_string(
-    'checkpoint', None, 'Checkpoint folder or workdir of the teacher.'
+    'checkpoint', None, f'Of the teacher. {command_line.CHECKPOINT_HELP}'
   )
   config_flags.DEFINE_config_file(
     'config', None, 'Config file of the student, which names the dataset.'

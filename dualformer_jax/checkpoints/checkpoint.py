@@ -3,6 +3,8 @@
 Reading verifies SHA256SUMS, because Orbax does not detect changed array values.
 A checkpoint without this file is accepted: its process was killed between
 saving and hashing.
+
+Models are also read from portable checkpoints; see portable.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,8 +19,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dualformer_jax.checkpoints import hub, portable
 from dualformer_jax.checkpoints import metadata as metadata_lib
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
@@ -201,15 +205,16 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
   """Finds a checkpoint folder; raises UserError if there is none.
 
   The path is a checkpoint folder, or the workdir of a training run or its
-  folder of checkpoints, for the latest one.
+  folder of checkpoints, for the latest one. An address on the Hugging Face Hub,
+  hf://OWNER/NAME[@REVISION], is downloaded.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
+  folder = hub.local_path(path).absolute()
   if not folder.is_dir():
     raise UserError(
       f'no checkpoint folder at {path}; to convert a .pth file, run python -m '
       'dualformer_jax.convert'
     )
-  if (folder / metadata_lib.FILE).is_file():
+  if (folder / metadata_lib.FILE).is_file() or portable.is_portable(folder):
     return folder
   for parent in (folder / LATEST, folder):
     if latest := latest_of(parent):
@@ -246,8 +251,13 @@ def _load(
   try:
     if jax.process_index() == 0:  # on behalf of all, as it reads every file
       _verify_checksums(folder, wanted)
-    _compare(ocp.checkpointables_metadata(str(folder)).metadata, wanted)
-    loaded = ocp.load_checkpointables(str(folder), wanted)
+    if portable.is_portable(folder):
+      arrays = portable.read_weights(folder)
+      _compare(arrays, wanted)
+      loaded = jax.tree.map(_put_like, arrays, wanted)
+    else:
+      _compare(ocp.checkpointables_metadata(str(folder)).metadata, wanted)
+      loaded = ocp.load_checkpointables(str(folder), wanted)
   except Exception as error:  # of many kinds, one for each way to be broken
     cause: BaseException = error  # the first has the reason
     while before := cause.__cause__ or cause.__context__:
@@ -258,6 +268,10 @@ def _load(
       'model of its metadata: copy or convert it again'
     ) from error
   return {**abstract_trees, **loaded}
+
+
+def _put_like(array: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
+  return jax.device_put(array.astype(like.dtype), like.sharding)
 
 
 def _compare(found: Any, wanted: dict[str, Any]) -> None:

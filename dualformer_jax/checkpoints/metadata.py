@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+from dualformer_jax.checkpoints.hub import CONFIG
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
@@ -51,8 +52,10 @@ class CheckpointMetadata:
 def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
   """Reads the metadata of a checkpoint folder; UserError if it is invalid."""
   try:
-    text = (folder / FILE).read_text('utf-8')
-    return _from_json(json.loads(text)['custom_metadata'])
+    if (folder / FILE).is_file():
+      content = json.loads((folder / FILE).read_text('utf-8'))
+      return _from_json(content['custom_metadata'])
+    return _from_json(json.loads((folder / CONFIG).read_text('utf-8')))
   except UserError as error:
     raise UserError(f'{folder}: {error}') from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

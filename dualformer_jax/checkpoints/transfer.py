@@ -10,7 +10,6 @@ import dataclasses
 import logging
 import math
 import os
-import pathlib
 import re
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from dualformer_jax.checkpoints import (
   checkpoint,
+  hub,
   metadata,
   pytorch_names,
   weights,
@@ -90,9 +90,10 @@ class Transfer:
 def read(path: str | os.PathLike[str], ema: bool = False) -> Source:
   """Reads a .pth or .safetensors file, a checkpoint folder or a workdir.
 
-  With `ema`, the EMA weights of a file are chosen.
+  The path may be an address on the Hugging Face Hub. With `ema`, the EMA
+  weights of a file are chosen.
   """
-  file = pathlib.Path(path).expanduser()
+  file = hub.local_path(path)
   if file.is_file() or (file.suffix in _SUFFIXES and not file.is_dir()):
     state_dict, dropped, notes = weights.read(file, ema)
     for note in [*notes, f'dropped: {listed(dropped) or "nothing"}']:

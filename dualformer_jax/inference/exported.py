@@ -171,7 +171,8 @@ def save_weights(recognizer: Recognizer, path: pathlib.Path) -> int:
   from safetensors.numpy import save
 
   variables = flax.traverse_util.flatten_dict(recognizer.variables, sep='/')
-  arrays = {name: np.ascontiguousarray(x) for name, x in variables.items()}
+  # Not ascontiguousarray, which makes vectors of scalars.
+  arrays = {name: np.asarray(x, order='C') for name, x in variables.items()}
   with output_file(path) as file:
     file.write(save(arrays))
   return len(arrays)

@@ -70,8 +70,8 @@ class Recognizer:
     """Loads a checkpoint.
 
     Args:
-      path: a checkpoint folder; or the workdir of a training run for its latest
-        checkpoint, WORKDIR/best for its best.
+      path: a checkpoint folder; the workdir of a training run for its latest
+        checkpoint, WORKDIR/best for its best; or hf://OWNER/NAME[@REVISION].
       dtype: compute dtype, 'float32' or 'bfloat16'. By default float32 on a
         CPU and the dtype of the model config elsewhere.
 

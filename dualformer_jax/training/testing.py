@@ -149,6 +149,7 @@ def test(
       'fingerprint': data.read_report('fingerprint', data.fingerprint),
     },
     'config': config.to_dict(),
+    'hardware': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
     'time': {
       'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'seconds': round(time.monotonic() - start, 1),
