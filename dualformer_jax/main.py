@@ -7,6 +7,7 @@ The same command resumes training from the latest checkpoint in the workdir.
 """
 
 import functools
+import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -70,10 +71,12 @@ def main() -> None:
     FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
   ):
     cpu_memory.keep_memory()
+    path = config_flags.get_config_filename(FLAGS['config'])
+    recipe = pathlib.Path(path).stem
     if FLAGS.mode == 'train':
-      loop.train_and_test(FLAGS.config, FLAGS.workdir)
+      loop.train_and_test(FLAGS.config, FLAGS.workdir, recipe)
     elif FLAGS.mode == 'test':
-      testing.test(FLAGS.config, FLAGS.workdir, FLAGS.compare)
+      testing.test(FLAGS.config, FLAGS.workdir, FLAGS.compare, recipe=recipe)
     else:
       profile.profile(FLAGS.config, FLAGS.workdir)
 
