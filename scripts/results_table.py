@@ -148,12 +148,10 @@ def make_row(report: dict[str, Any]) -> Row:
 
 def changed_fields(report: dict[str, Any]) -> Iterator[str]:
   """Yields the fields that differ from the recipe, in training or test."""
-  recipe = recipes().get(report['recipe'])
-  if recipe is None:
+  if report['recipe'] not in recipes():
     yield 'the recipe is not one of this repository'
     return
-  config = runpy.run_path(str(recipe))['get_config']().to_dict()
-  expected = dict(_flatten(json.loads(json.dumps(config))))
+  expected = dict(_flatten(recipe_config(report['recipe'])))
   tested = dict(_flatten(report['config']))
   trained = dict(_flatten((report['training'] or {}).get('config') or {}))
   for name, value in expected.items():
@@ -183,6 +181,12 @@ def compare(report: dict[str, Any]) -> str:
 def recipes() -> dict[str, pathlib.Path]:
   """Returns the config files of the repository by name."""
   return {path.stem: path for path in (REPOSITORY / 'configs').glob('*.py')}
+
+
+def recipe_config(name: str) -> dict[str, Any]:
+  """Returns the config of a recipe, as a report has it."""
+  config = runpy.run_path(str(recipes()[name]))['get_config']().to_dict()
+  return json.loads(json.dumps(config))
 
 
 def read_table(path: pathlib.Path) -> Iterator[Row]:

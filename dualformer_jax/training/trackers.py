@@ -184,8 +184,12 @@ class _Process:
         # Ctrl-C goes to all processes of the terminal's session.
         start_new_session=True,
       )
-    for target in (self._send, self._receive):
-      threading.Thread(target=target, daemon=True).start()
+    self._threads = [
+      threading.Thread(target=target, daemon=True)
+      for target in (self._send, self._receive)
+    ]
+    for thread in self._threads:
+      thread.start()
     self._calls.put(('open', dataclasses.asdict(run)))
 
   def call(self, method: str, *arguments: Any) -> None:
@@ -195,18 +199,23 @@ class _Process:
 
   def join(self, deadline: float) -> None:
     """Waits until the process ends; at the deadline, ends it."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-      self._process.wait(_QUIET_SECONDS)
-      return
-    name, left = self._run.tracker, deadline - time.monotonic()
-    _LOG.info('waiting for %s to send the rest, up to %.0f s', name, left)
+    if not self._has_ended(_QUIET_SECONDS):
+      name, left = self._run.tracker, deadline - time.monotonic()
+      _LOG.info('waiting for %s to send the rest, up to %.0f s', name, left)
+      if not self._has_ended(max(0, left)):
+        self._fail('it has not finished in time, and was ended')
+        with contextlib.suppress(ProcessLookupError):
+          os.killpg(self._process.pid, signal.SIGKILL)
+    self._process.wait()
+    for thread in self._threads:
+      thread.join(1)
+
+  def _has_ended(self, seconds: float) -> bool:
     try:
-      self._process.wait(max(0, left))
+      self._process.wait(seconds)
     except subprocess.TimeoutExpired:
-      self._fail('it has not finished in time, and was ended')
-      with contextlib.suppress(ProcessLookupError):
-        os.killpg(self._process.pid, signal.SIGKILL)
-      self._process.wait()
+      return False
+    return True
 
   def _send(self) -> None:
     assert self._process.stdin is not None
@@ -221,15 +230,15 @@ class _Process:
 
   def _receive(self) -> None:
     assert self._process.stdout is not None
-    for line in self._process.stdout:
-      answer = json.loads(line)
-      if 'error' in answer:
-        self._fail(answer['error'])
-      elif answer['run_id'] != self._run.run_id:
-        try:
-          self._state.set(self._run.tracker, answer['run_id'])
-        except OSError as error:
-          self._fail(f'the ID of the run cannot be stored: {error.strerror}')
+    with self._process.stdout as stdout:
+      for answer in map(json.loads, stdout):
+        if 'error' in answer:
+          self._fail(answer['error'])
+        elif answer['run_id'] != self._run.run_id:
+          try:
+            self._state.set(self._run.tracker, answer['run_id'])
+          except OSError as error:
+            self._fail(f'the ID of the run cannot be stored: {error.strerror}')
     if self._process.wait():
       self._fail(f'its process ended with status {self._process.returncode}')
 
@@ -239,6 +248,7 @@ class _Process:
       if self._has_failed:
         return
       self._has_failed = True
+    self._calls.put(('close', False))  # ends _send
     _LOG.warning(
       '%s does not receive the rest of this run: %s (see %s); metrics are in '
       'the workdir as well',
