@@ -4,7 +4,7 @@ Trackers run in processes of their own, so that none can delay a step, handle
 the signals of training or keep it from ending. trackers.py starts this module
 and writes pickled messages to its stdin: ('open', fields of Run), then calls of
 the writer, (method, *arguments), until ('close', whether complete). The answers
-on stdout are JSON objects: `run_id`, once the run is open, or `error`.
+on stdout are JSON objects: `run_id` and `url`, once the run is open; `error`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -59,6 +59,7 @@ class Writer:
   """
 
   run_id: str
+  url: str = ''  # of its page, if it has one
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """Writes values by name."""
@@ -109,6 +110,7 @@ class WandbWriter(Writer):
       settings=wandb.Settings(console='off'),
     )
     self.run_id = self._run.id
+    self.url = self._run.url or ''
     self._next_row = self._run.step
     self._is_row_open = False
     self._run.define_metric('step', hidden=True)
@@ -172,16 +174,21 @@ class MlflowWriter(Writer):
     self._entities = entities
     self._client = mlflow.MlflowClient()
     if run.run_id:
-      self.run_id = run.run_id
       self._client.update_run(run.run_id, status='RUNNING')
-      return
-    experiment = self._client.get_experiment_by_name(run.project)
-    if experiment is None:
-      number = self._client.create_experiment(run.project)
+      info = self._client.get_run(run.run_id).info
     else:
-      number = experiment.experiment_id
-    created = self._client.create_run(number, run_name=run.name)
-    self.run_id = created.info.run_id
+      experiment = self._client.get_experiment_by_name(run.project)
+      if experiment is None:
+        number = self._client.create_experiment(run.project)
+      else:
+        number = experiment.experiment_id
+      info = self._client.create_run(number, run_name=run.name).info
+    self.run_id = info.run_id
+    server = mlflow.get_tracking_uri()
+    if server.startswith('http'):
+      self.url = (
+        f'{server}/#/experiments/{info.experiment_id}/runs/{info.run_id}'
+      )
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
     """See Writer."""
@@ -330,7 +337,7 @@ def main() -> None:
     _, fields = calls.get()
     run = Run(**fields)
     writer = WRITERS[run.tracker](run)
-    answer(run_id=writer.run_id)
+    answer(run_id=writer.run_id, url=writer.url)
     method = ''
     while method != 'close':
       method, *arguments = calls.get()

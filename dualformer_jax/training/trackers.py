@@ -234,11 +234,13 @@ class _Process:
       for answer in map(json.loads, stdout):
         if 'error' in answer:
           self._fail(answer['error'])
-        elif answer['run_id'] != self._run.run_id:
-          try:
-            self._state.set(self._run.tracker, answer['run_id'])
-          except OSError as error:
-            self._fail(f'the ID of the run cannot be stored: {error.strerror}')
+          continue
+        name, run_id = self._run.tracker, answer['run_id']
+        _LOG.info('%s has the run %s  %s', name, run_id, answer['url'])
+        try:
+          self._state.set(name, run_id)
+        except OSError as error:
+          self._fail(f'the ID of the run cannot be stored: {error.strerror}')
     if self._process.wait():
       self._fail(f'its process ended with status {self._process.returncode}')
 

@@ -214,7 +214,7 @@ def test_process_ends_when_training_is_killed(fake, tmp_path, hangs):
     check=False,
   )
   assert done.returncode == (-signal.SIGKILL if hangs else 0), done.stderr
-  assert done.stdout == b'{"run_id": "new"}\n'
+  assert done.stdout == b'{"run_id": "new", "url": ""}\n'
   assert log.read_text().endswith('init p n\n' if hangs else 'finish\n')
 
 
