@@ -112,7 +112,7 @@ def _imports(path):
 @pytest.mark.parametrize(
   ('folder', 'extras'),
   [
-    ('dualformer_jax', ('demo', 'prepare')),
+    ('dualformer_jax', ('demo', 'prepare', 'wandb', 'mlflow', 'trackio')),
     ('configs', ()),
     ('data', ('prepare',)),
     ('tests', ('prepare', 'test')),
@@ -120,7 +120,7 @@ def _imports(path):
 )
 def test_imported_packages_are_declared(folder, extras):
   distributions = importlib.metadata.packages_distributions()
-  ours = {'configs', 'data', 'dualformer_jax', 'tests'}
+  ours = {'configs', 'data', 'dualformer_jax', 'scripts', 'tests'}
   declared: set[str] = {*_requirements(*extras)}
   if folder == 'tests':
     declared.add('torch')  # skipped without
