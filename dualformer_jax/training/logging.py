@@ -150,6 +150,10 @@ class MetricWriter:
     if self._writer is not None:
       with self._writing():
         self._writer.close()
+    self.close_trackers(is_complete)
+
+  def close_trackers(self, is_complete: bool) -> None:
+    """Lets trackers receive what is left; what is written later is dropped."""
     if self._trackers is not None:
       self._trackers.close(is_complete)
 

@@ -183,6 +183,11 @@ def train_and_test(
     checkpoints.save(state.trees(), metadata())
     writer.flush()
 
+  def finish_saved() -> None:
+    """Finishes what was started before a signal ended the validation."""
+    checkpoints.wait()
+    writer.close_trackers(is_complete=False)
+
   def validate() -> None:
     """Scores the validation split, and saves the state if it is the best."""
     nonlocal best_score, best_step
@@ -190,7 +195,7 @@ def train_and_test(
       # The next run validates this step: once it is saved, nothing is lost if a
       # signal ends the process, also while this compiles.
       stop_signals.exit_message = guards.saved_step(step)
-      stop_signals.allow_exit(finish=checkpoints.wait)
+      stop_signals.allow_exit(finish=finish_saved)
     views = setup.make_preprocessing(config, config.validation)
     scale = config.validation.resize_ratio
     short_side = int(config.model.image_size * scale + 0.5)

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-import gc
 import json
 import os
 import pathlib
 import signal
 import struct
+import subprocess
+import time
 from typing import Any
 import warnings
 
 import pytest
 
-from dualformer_jax.stop_signals import stop_signals
-from dualformer_jax.training import logging, trackers
 from tests import training_command
 
 pytestmark = pytest.mark.slow
-NUM_STEPS = 12  # two epochs; a validation after each
-LAST_BEFORE_STOP = 8
+NUM_STEPS = 60
+STOP_AFTER = 20
 FLAGS = (
   *training_command.TINY,
-  '--config.num_epochs=2',
-  '--config.validation.every_epochs=1',
+  '--config.num_epochs=10',
+  '--config.validation.every_epochs=4',
   '--config.log_every_steps=1',
   '--config.trackers=wandb,mlflow,trackio',
   '--config.tracker_project=motions',
@@ -32,34 +31,41 @@ FLAGS = (
 
 
 @pytest.fixture(scope='module', name='workdir')
-def _workdir(motion_dataset, tmp_path_factory) -> Iterator[pathlib.Path]:
+def _workdir(
+  motion_dataset, compilation_cache, tmp_path_factory
+) -> Iterator[pathlib.Path]:
   """The workdir of a run that was interrupted and resumed."""
   folder = tmp_path_factory.mktemp('tracked')
+  workdir = folder / 'my run'
   flags = (*FLAGS, f'--config.dataset.data_dir={motion_dataset}')
   with pytest.MonkeyPatch.context() as patch:
     patch.setenv('WANDB_MODE', 'offline')
     patch.setenv('MLFLOW_TRACKING_URI', f'sqlite:///{folder}/mlflow.db')
     patch.setenv('TRACKIO_DIR', str(folder / 'trackio'))
     patch.chdir(folder)  # where MLflow keeps artifacts
-    patch.setattr(trackers, '_STOP_SECONDS', 100)  # creating the database
-    with patch.context() as interrupt:
-      interrupt.setattr(stop_signals, 'received', None)
-      write = logging.MetricWriter.write
+    import mlflow  # takes seconds
 
-      def write_and_stop(self, step, prefix, metrics):
-        write(self, step, prefix, metrics)
-        if step == LAST_BEFORE_STOP:
-          stop_signals.received = signal.SIGTERM
-
-      interrupt.setattr(logging.MetricWriter, 'write', write_and_stop)
-      done = training_command.run_here(*flags, workdir=folder / 'my run')
-      assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    gc.collect()  # the exception has the frame that has the lock
-    done = training_command.run_here(*flags, workdir=folder / 'my run')
+    mlflow.MlflowClient().create_experiment('motions')  # and the database
+    with open(folder / 'log', 'wb') as log:
+      process = subprocess.Popen(
+        training_command.command(*flags, workdir=workdir),
+        env=training_command.environment(compilation_cache),
+        stderr=log,
+      )
+    state, metrics = workdir / 'trackers.json', workdir / 'metrics.jsonl'
+    while not (state.exists() and state.read_text().count('run_id') == 3):
+      assert process.poll() is None, (folder / 'log').read_text()
+      time.sleep(0.1)
+    while f'"step": {STOP_AFTER}' not in metrics.read_text():
+      time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    status = process.wait(120)
+    assert status == 128 + signal.SIGTERM, (folder / 'log').read_text()
+    done = training_command.run_here(*flags, workdir=workdir)
     assert done.returncode == 0, done.stderr
-    assert 'does not receive' not in done.stderr
     assert 'resumed' in done.stderr
-    yield folder / 'my run'
+    assert 'does not receive' not in done.stderr
+    yield workdir
 
 
 def run_id(workdir: pathlib.Path, name: str) -> str:

@@ -189,6 +189,23 @@ def _is_child(pid: int, module: str) -> bool:
   return module in command and f'PPid:\t{os.getpid()}\n' in status
 
 
+def test_error_of_training_closes_the_run(fake, tmp_path):
+  log = fake()
+  program = (
+    'import pathlib, sys\n'
+    'from configs import common\n'
+    'from dualformer_jax.training import trackers\n'
+    'config = common.get_config()\n'
+    "config.trackers = 'trackio'\n"
+    f'writer = trackers.Trackers(config, pathlib.Path({str(tmp_path)!r}))\n'
+    "writer.write_scalars(1, {'a': 1.0})\n"
+    'sys.exit(2)\n'
+  )
+  done = subprocess.run([sys.executable, '-c', program], check=False)
+  assert done.returncode == 2
+  assert log.read_text().splitlines()[1:] == ['new 1 a', 'finish']
+
+
 @pytest.mark.parametrize('hangs', [False, True])
 def test_process_ends_when_training_is_killed(fake, tmp_path, hangs):
   log = fake(fail_log='time.sleep(1000)' if hangs else 'pass')
