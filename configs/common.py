@@ -143,6 +143,12 @@ def get_config() -> config_dict.ConfigDict:
         'keep': 1,  # latest checkpoints, besides the best
       },
       'log_every_steps': 20,
+      # Where metrics, config and report are sent to as well: names of wandb,
+      # mlflow and trackio, separated by commas.
+      'trackers': '',
+      # '': that of the tracker's environment variable, or 'dualformer'.
+      'tracker_project': '',
+      'tracker_run': '',  # '': the name of the workdir
     }
   )
   return config.lock()

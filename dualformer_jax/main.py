@@ -7,6 +7,7 @@ The same command resumes training from the latest checkpoint in the workdir.
 """
 
 import functools
+import pathlib
 
 from absl import flags
 from ml_collections import config_flags
@@ -79,10 +80,12 @@ def main() -> None:
     config = hub_revisions.pinned(
       FLAGS.config, FLAGS.workdir, record=FLAGS.mode == 'train'
     )
+    path = config_flags.get_config_filename(FLAGS['config'])
+    recipe = pathlib.Path(path).stem
     if FLAGS.mode == 'train':
-      loop.train_and_test(config, FLAGS.workdir)
+      loop.train_and_test(config, FLAGS.workdir, recipe)
     elif FLAGS.mode == 'test':
-      testing.test(config, FLAGS.workdir, FLAGS.compare)
+      testing.test(config, FLAGS.workdir, FLAGS.compare, recipe=recipe)
     else:
       profile.profile(config, FLAGS.workdir)
 

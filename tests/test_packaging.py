@@ -112,7 +112,7 @@ def _imports(path):
 @pytest.mark.parametrize(
   ('folder', 'extras'),
   [
-    ('dualformer_jax', ('demo', 'prepare')),
+    ('dualformer_jax', ('demo', 'prepare', 'wandb', 'mlflow', 'trackio')),
     ('configs', ()),
     ('data', ('prepare',)),
     ('tests', ('prepare', 'test')),

@@ -176,6 +176,20 @@ def load_model(
   return variables, metadata
 
 
+def variables_hash(variables: Mapping[str, Any]) -> str:
+  """Returns the SHA-256 of the names, types, shapes and values of a model.
+
+  It does not depend on how Orbax stores them, nor on the training state.
+  """
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree.leaves_with_path(variables):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    array = np.asarray(leaf)
+    digest.update(f'{name} {array.dtype} {array.shape}\n'.encode())
+    digest.update(np.ascontiguousarray(array).data)
+  return digest.hexdigest()
+
+
 def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
   """Returns the shapes and types of a model's 'params' and 'batch_stats'.
 

@@ -28,7 +28,8 @@ class CheckpointMetadata:
 
   The fields of the model are those of DualFormer. A model that is not being
   trained has step 0 and no data position (state of the training loader),
-  validation score and config.
+  validation score, config, and record of training: `hours` so far, validation
+  included, and `hardware`.
   """
 
   model: dict[str, Any]
@@ -39,6 +40,7 @@ class CheckpointMetadata:
   data_position: dict[str, Any] | None = None
   score: float | None = None
   config: dict[str, Any] | None = None
+  training: dict[str, Any] | None = None
 
   def build_model(self, **changes: Any) -> DualFormer:
     """Returns the model, with some fields changed (such as dtype)."""

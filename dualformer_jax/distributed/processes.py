@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import os
 import pathlib
+import platform
 import re
 import sys
 import time
@@ -139,6 +140,20 @@ def _options(
   ):
     options['local_device_ids'] = []
   return options
+
+
+def hardware() -> str:
+  """Describes the devices of all processes, such as '8 x NVIDIA H200'."""
+  device = jax.devices()[0]
+  if device.platform != 'cpu':
+    return f'{jax.device_count()} x {device.device_kind}'
+  name = platform.machine()
+  with contextlib.suppress(OSError):  # not Linux
+    text = pathlib.Path('/proc/cpuinfo').read_text()
+    if found := re.search(r'^model name\s*: (.+)', text, re.MULTILINE):
+      name = found[1].strip()
+  hosts = f'{jax.process_count()} x ' if jax.process_count() > 1 else ''
+  return f'{hosts}{os.cpu_count()} CPU cores ({name})'
 
 
 def check_shared_folder(folder: pathlib.Path) -> None:

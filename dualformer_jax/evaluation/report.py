@@ -17,6 +17,7 @@ from dualformer_jax.evaluation import curves, metrics, report_page
 from dualformer_jax.evaluation.result import VIEWS_FILE, Result
 from dualformer_jax.input_pipeline import dataset
 
+JSON_FILE, PAGE_FILE = 'report.json', 'report.html'
 _SIGNIFICANCE = 0.05  # differences with a lower p-value are significant
 _MAX_CONFUSED_PAIRS = 20
 
@@ -197,15 +198,16 @@ def write(
   result: Result,
   data: dataset.PreparedDataset,
   indices: Int[np.ndarray, ' v'],
-) -> None:
-  """Writes views.npz, report.html and report.json.
+) -> list[dict[str, Any]]:
+  """Writes views.npz, report.html and report.json; returns the worst mistakes.
 
   The page shows frames of `data`, the tested split. `indices` are those of the
   videos of `result` in it.
   """
+  mistakes = report_page.find_mistakes(result, data, indices)
   page = report_page.render(
     report,
-    report_page.find_mistakes(result, data, indices),
+    mistakes,
     report_page.chart_data(result),
     curves.training_curves(folder),
   )
@@ -214,9 +216,10 @@ def write(
     # files are complete.
     report_file, page_file, views_file = (
       stack.enter_context(files.output_file(folder / name))
-      for name in ('report.json', 'report.html', VIEWS_FILE)
+      for name in (JSON_FILE, PAGE_FILE, VIEWS_FILE)
     )
     result.save(views_file)
     # File names may contain bytes that are not valid UTF-8.
     page_file.write(page.encode('utf-8', 'replace'))
     report_file.write(f'{json.dumps(report, indent=2)}\n'.encode())
+  return mistakes

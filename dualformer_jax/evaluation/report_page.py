@@ -36,6 +36,11 @@ class Picture:
   width: int
   height: int
 
+  def pixels(self) -> UInt8[np.ndarray, 'h w 3']:
+    """Decodes the picture."""
+    content = base64.b64decode(self.url.partition(',')[2])
+    return np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
+
 
 def render(
   report: dict[str, Any],

@@ -216,6 +216,9 @@ def _training(metadata: CheckpointMetadata) -> Iterator[str]:
     'augmentation': ', '.join(augmentations) or 'none',
     'seed': f'{config["seed"]}',
   }
+  if record := metadata.training:
+    facts['hardware'] = ', '.join(record['hardware'])
+    facts['hours'] = f'{record["hours"]:.2f}'
   if teacher := config['token_labels']['teacher']:
     facts['teacher of token labels'] = _code(teacher)
   yield from _table(('', ''), facts)

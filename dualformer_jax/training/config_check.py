@@ -8,11 +8,12 @@ from typing import Any
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import rand_augment
 from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training import trackers
 
 # An ml_collections.ConfigDict, whose fields type checkers cannot know.
 Config = Any
 # What is expected, in words and as a function.
-_Range = tuple[str, Callable[[Any], bool]]
+_Range = tuple[str, Callable[[Any], Any]]
 
 
 def _at_least(low: int) -> _Range:
@@ -33,6 +34,11 @@ _POSITIVE: _Range = 'more than 0', lambda value: value > 0
 _BELOW_1: _Range = 'at least 0 and less than 1', lambda value: 0 <= value < 1
 _CROPS: _Range = '1 or 3', lambda value: value in (1, 3)
 _AXIS: _Range = 'at least 1, or -1', lambda value: value == -1 or value >= 1
+
+_NAME: _Range = (
+  'at most 128 characters, and none of / \\ # ? % :',
+  lambda value: re.fullmatch(r'[^/\\#?%:\n]{0,128}', value),
+)
 
 # The fields of `model` that are not here are checked by DualFormer.
 _RANGES: dict[str, _Range] = {
@@ -98,6 +104,12 @@ _RANGES: dict[str, _Range] = {
   'checkpoint.every_steps': _at_least(1),
   'checkpoint.keep': _at_least(1),
   'log_every_steps': _at_least(1),
+  'trackers': (
+    f'names of {", ".join(trackers.NAMES)}, separated by commas',
+    lambda value: set(trackers.split(value)) <= set(trackers.NAMES),
+  ),
+  'tracker_project': _NAME,
+  'tracker_run': _NAME,
 }
 
 

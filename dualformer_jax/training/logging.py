@@ -1,6 +1,6 @@
 """Timing and logging of training steps."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import json
 import logging
@@ -12,11 +12,16 @@ import time
 from typing import Any
 
 import jax
+import numpy as np
 
+from dualformer_jax.checkpoints.metadata import CheckpointMetadata
+from dualformer_jax.distributed import processes
 from dualformer_jax.errors import UserError
+from dualformer_jax.evaluation import report as reports
 from dualformer_jax.evaluation.curves import METRICS_FILE, read_metrics
 from dualformer_jax.files import atomic_write, output_file
 from dualformer_jax.models.dualformer import DualFormer
+from dualformer_jax.training.trackers import Trackers
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,23 +54,28 @@ class StepTimer:
 
 
 class MetricWriter:
-  """Writes metrics to METRICS_FILE and, if TensorFlow is there, TensorBoard.
+  """Writes metrics to METRICS_FILE, trackers and, with TensorFlow, TensorBoard.
 
   Only process 0 writes. A run that resumes first removes what it will
   write again. All methods raise UserError if a file cannot be written.
   """
 
-  def __init__(self, workdir: pathlib.Path, step: int):
-    """Opens the files of a run that is at a step."""
+  def __init__(self, workdir: pathlib.Path, step: int, config: Any = None):
+    """Opens the files of a run that is at a step, and the config's trackers."""
     self._workdir = workdir
     self._writer: Any = None
+    self._trackers: Trackers | None = None
     self._path = None
     if jax.process_index():
       return
     self._path = workdir / METRICS_FILE
+    earlier = list(read_metrics(workdir))
+    if config is not None and config.trackers:
+      self._trackers = Trackers(config, workdir)
+      self._trackers.write_earlier(earlier)
     kept = [
       json.dumps({'step': at, **metrics}) + '\n'
-      for at, metrics in read_metrics(workdir)
+      for at, metrics in earlier
       if not all(_is_repeated(name, at, step) for name in metrics)
     ]
     with output_file(self._path) as file:
@@ -96,6 +106,8 @@ class MetricWriter:
     if self._writer is not None:
       with self._writing():
         self._writer.write_scalars(step, scalars)
+    if self._trackers is not None:
+      self._trackers.write_scalars(step, scalars)
 
   def write_text(self, step: int, name: str, text: str) -> None:
     """Writes a text to TensorBoard."""
@@ -103,17 +115,47 @@ class MetricWriter:
       with self._writing():
         self._writer.write_texts(step, {name: text})
 
+  def write_report(
+    self, step: int, mistakes: Sequence[Mapping[str, Any]]
+  ) -> None:
+    """Sends the report of the test, with its mistakes, to the trackers."""
+    if self._trackers is None:
+      return
+    names = (reports.JSON_FILE, reports.PAGE_FILE)
+    self._trackers.write_files([self._workdir / name for name in names])
+    pictures = [m['picture'] for m in mistakes if m['picture'] is not None]
+    if pictures:
+      images = [picture.pixels() for picture in pictures]
+      width = max(image.shape[1] for image in images)
+      images = [
+        np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)))
+        for image in images
+      ]
+      self._trackers.write_images(step, {'test/mistakes': np.stack(images)})
+      text = _describe([m for m in mistakes if m['picture'] is not None])
+      self._trackers.write_texts(step, {'test/mistakes_text': text})
+
   def flush(self) -> None:
     """Writes what is buffered."""
     if self._writer is not None:
       with self._writing():
         self._writer.flush()
 
-  def close(self) -> None:
-    """Writes what is buffered, and closes the file."""
+  def close(self, is_complete: bool = True) -> None:
+    """Writes what is buffered, and closes the file.
+
+    For trackers, the run is complete or will be resumed. It may take a minute
+    until they have received all.
+    """
     if self._writer is not None:
       with self._writing():
         self._writer.close()
+    self.close_trackers(is_complete)
+
+  def close_trackers(self, is_complete: bool) -> None:
+    """Lets trackers receive what is left; what is written later is dropped."""
+    if self._trackers is not None:
+      self._trackers.close(is_complete)
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
@@ -160,6 +202,42 @@ def _remove_events(path: pathlib.Path, step: int) -> None:
   if len(content) != sum(map(len, kept)):
     with atomic_write(path) as file:
       file.writelines(kept)
+
+
+def _describe(mistakes: Sequence[Mapping[str, Any]]) -> str:
+  """Returns a Markdown table of mistakes, numbered as their pictures are."""
+
+  def cell(text: str) -> str:
+    return ' '.join(text.replace('|', '\\|').split())
+
+  rows = ['| | video | true class | predicted |', '|---|---|---|---|']
+  rows += [
+    f'| {number} | {cell(mistake["video"])} | {cell(mistake["true"])} | '
+    f'{cell(mistake["predicted"])} ({mistake["predicted_probability"]:.0%}) |'
+    for number, mistake in enumerate(mistakes, 1)
+  ]
+  return '\n'.join(rows) + '\n'
+
+
+def training_record(
+  resumed: CheckpointMetadata | None, seconds: float
+) -> dict[str, Any] | None:
+  """Returns hours and hardware of training, for the metadata of checkpoints.
+
+  Args:
+    resumed: The checkpoint that training was resumed from, if any.
+    seconds: Time since then.
+
+  Returns:
+    The record, or None if the checkpoint has none, as those of older versions.
+  """
+  hours, used = seconds / 3600, [processes.hardware()]
+  if resumed is not None:
+    if resumed.training is None:
+      return None
+    hours += resumed.training['hours']
+    used = list(dict.fromkeys([*resumed.training['hardware'], *used]))
+  return {'hours': round(hours, 4), 'hardware': used}
 
 
 def compile_time(model: DualFormer) -> str:

@@ -18,12 +18,19 @@ from dualformer_jax.evaluation import metrics, scoring
 from dualformer_jax.files import check_writable
 from dualformer_jax.progress import format_duration
 from dualformer_jax.stop_signals import stop_signals
-from dualformer_jax.training import config_check, guards, setup, testing
+from dualformer_jax.training import (
+  config_check,
+  guards,
+  setup,
+  testing,
+  trackers,
+)
 from dualformer_jax.training.logging import (
   MetricWriter,
   StepTimer,
   compile_time,
   format_metrics,
+  training_record,
 )
 from dualformer_jax.training.state import TrainState
 
@@ -31,11 +38,12 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_and_test(
-  config: setup.Config, workdir: str | os.PathLike[str]
+  config: setup.Config, workdir: str | os.PathLike[str], recipe: str = ''
 ) -> dict[str, Any]:
   """Trains a model, or resumes its training, and tests it.
 
-  The workdir is the folder of checkpoints, TensorBoard files and the report.
+  The workdir is the folder of checkpoints, TensorBoard files and the report,
+  which states the recipe: the name of the config file.
 
   Returns:
     The report of the test, which is in WORKDIR/report.json as well.
@@ -45,6 +53,7 @@ def train_and_test(
     SystemExit: SIGINT or SIGTERM was received; the state is saved.
   """
   config_check.check(config)
+  trackers.check_installed(config)
   start = time.monotonic()
   workdir = pathlib.Path(workdir).expanduser().absolute()
   stop = guards.StopRequest()
@@ -138,6 +147,7 @@ def train_and_test(
       _LOG.info(
         'started from %s\n%s', source.name, '\n'.join(transferred.table())
       )
+  resumed = origin if latest is not None else None
   step = first_step = int(state.step)
   best_score, best_step = None, 0
   if best := best_checkpoints.latest():
@@ -158,15 +168,18 @@ def train_and_test(
     batches.set_state(start_position)
 
   # ------------------------------------------------------ save, validate, stop
-  writer = MetricWriter(workdir, step)
+  writer = MetricWriter(workdir, step, config)
   if latest is None:
     writer.write_text(step, 'config', f'```\n{config}\n```')
   finite = guards.FiniteGuard(checkpoints)
 
   def metadata(score: float | None = None) -> checkpoint.CheckpointMetadata:
-    position = batches.get_state()
     return dataclasses.replace(
-      base_metadata, step=step, data_position=position, score=score
+      base_metadata,
+      step=step,
+      data_position=batches.get_state(),
+      score=score,
+      training=training_record(resumed, time.monotonic() - start),
     )
 
   def save() -> None:
@@ -178,6 +191,11 @@ def train_and_test(
     checkpoints.save(state.trees(), metadata())
     writer.flush()
 
+  def finish_saved() -> None:
+    """Finishes what was started before a signal ended the validation."""
+    checkpoints.wait()
+    writer.close_trackers(is_complete=False)
+
   def validate() -> None:
     """Scores the validation split, and saves the state if it is the best."""
     nonlocal best_score, best_step
@@ -185,7 +203,7 @@ def train_and_test(
       # The next run validates this step: once it is saved, nothing is lost if a
       # signal ends the process, also while this compiles.
       stop_signals.exit_message = guards.saved_step(step)
-      stop_signals.allow_exit(finish=checkpoints.wait)
+      stop_signals.allow_exit(finish=finish_saved)
     views = setup.make_preprocessing(config, config.validation)
     scale = config.validation.resize_ratio
     short_side = int(config.model.image_size * scale + 0.5)
@@ -292,15 +310,15 @@ def train_and_test(
       total_steps,
     )
   elif step < total_steps or stop.is_set():
-    writer.close()
+    writer.close(is_complete=False)
     stop.raise_exit(step)
   stop_signals.allow_exit()
 
   # ---------------------------------------------------------------------- test
   del state, teacher_variables
   folder = testing.find_checkpoint(config, workdir)
-  report = testing.test(config, workdir, folder=folder, start=start)
-  scores = {n: v for n, v in report.items() if isinstance(v, float)}
-  writer.write(int(folder.name), 'test', scores)
+  report = testing.test(
+    config, workdir, recipe=recipe, folder=folder, start=start, writer=writer
+  )
   writer.close()
   return report

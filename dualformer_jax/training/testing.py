@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from dualformer_jax.checkpoints import checkpoint
-from dualformer_jax.distributed import sharding
+from dualformer_jax.distributed import processes, sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.evaluation import forward, metrics, scoring
 from dualformer_jax.evaluation import report as reports
@@ -19,7 +19,7 @@ from dualformer_jax.evaluation import result as results
 from dualformer_jax.files import check_writable
 from dualformer_jax.models import flops
 from dualformer_jax.training import config_check, setup
-from dualformer_jax.training.logging import format_metrics
+from dualformer_jax.training.logging import MetricWriter, format_metrics
 
 _LOG = logging.getLogger(__name__)
 
@@ -57,8 +57,10 @@ def test(
   workdir: str | os.PathLike[str],
   compare: str = '',
   *,
+  recipe: str = '',
   folder: pathlib.Path | None = None,
   start: float | None = None,
+  writer: MetricWriter | None = None,
 ) -> dict[str, Any]:
   """Tests a checkpoint, writes the report and returns it.
 
@@ -70,9 +72,11 @@ def test(
     workdir: Folder of the report.
     compare: Another workdir, or its report.json, to compare with. If it is of
       other videos, UserError is raised after the report is written.
+    recipe: Name of the config file, for the report.
     folder: Checkpoint; by default that of the workdir, or of config.init_from
       if the workdir has none.
     start: When the run began, by time.monotonic.
+    writer: Where to write the scores and, for trackers, the report.
   """
   config_check.check(config)
   start = start or time.monotonic()
@@ -102,6 +106,7 @@ def test(
     pixel_mean=saved.pixel_mean,
     pixel_std=saved.pixel_std,
   )
+  sha256 = checkpoint.variables_hash(variables)
   mesh = sharding.make_mesh(config.mesh.to_dict(), config.batch_size)
   jax.set_mesh(mesh)
   model: Any = metadata.build_model(dtype=config.model.dtype)
@@ -134,6 +139,7 @@ def test(
     row.multiply_adds for row in rows if row.part != flops.TOKEN_HEAD
   )
   report = {
+    'recipe': recipe,
     **summary,
     'num_videos': len(scores.labels),
     'failed_videos': [
@@ -143,13 +149,15 @@ def test(
     **reports.details(result, multiply_adds / 1e9),
     'checkpoint': str(folder),
     'checkpoint_kind': kind,
+    'checkpoint_sha256': sha256,
+    'training': _training_record(folder),
     'dataset': {
       'folder': str(data.folder),
       'split': data.split,
       'fingerprint': data.read_report('fingerprint', data.fingerprint),
     },
     'config': config.to_dict(),
-    'hardware': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'hardware': processes.hardware(),
     'time': {
       'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'seconds': round(time.monotonic() - start, 1),
@@ -163,11 +171,15 @@ def test(
     except UserError as error:
       mismatch = error  # raised once the report is written
   if jax.process_index() == 0:
-    reports.write(workdir, report, result, data, scores.indices)
+    figures = {n: v for n, v in report.items() if isinstance(v, float)}
+    mistakes = reports.write(workdir, report, result, data, scores.indices)
+    if writer is not None:
+      writer.write(metadata.step, 'test', figures)
+      writer.write_report(metadata.step, mistakes)
     _LOG.info(
       'test of the %s checkpoint: %s  (%s) on %d videos, %d failed; report: %s',
       kind,
-      format_metrics({n: v for n, v in report.items() if isinstance(v, float)}),
+      format_metrics(figures),
       in_words,
       len(scores.labels),
       len(scores.failed),
@@ -176,3 +188,16 @@ def test(
   if mismatch is not None:
     raise mismatch
   return report
+
+
+def _training_record(folder: pathlib.Path) -> dict[str, Any] | None:
+  """Returns hours, hardware and config of training; None if converted.
+
+  The best checkpoint of a run has those of the latest one, as training went on.
+  """
+  latest = checkpoint.latest_of(folder.parent.parent / checkpoint.LATEST)
+  metadata = checkpoint.read_metadata(latest or folder)
+  if metadata.config is None:
+    return None
+  record = metadata.training or {'hours': None, 'hardware': None}
+  return {**record, 'config': metadata.config}

@@ -31,7 +31,7 @@ NAMES = {
   'eager-kept': 'PyTorch, eager, memory kept',
 }
 MARKERS = {112: 'v', 224: 'o', 448: '^'}
-COLORS = dict(zip(NAMES, plt.get_cmap('tab10').colors, strict=False))
+COLORS = dict(zip(NAMES, plt.color_sequences['tab10'], strict=False))
 
 
 def count_tokens(result: dict[str, Any]) -> int:

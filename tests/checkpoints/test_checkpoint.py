@@ -1,6 +1,7 @@
 """Checkpoints are restored exactly, on any mesh; damage raises."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 import shutil
@@ -106,6 +107,27 @@ def _abstract(state: TrainState) -> dict[str, Any]:
 
 
 # --- A model
+
+
+def test_hash_is_of_names_types_shapes_and_values(saved, variables):
+  arrays = {
+    'params': {'b': np.ones((2, 1), np.float32), 'a': np.zeros(3, np.float32)}
+  }
+  content = (
+    b'params/a float32 (3,)\n'
+    + bytes(12)
+    + b'params/b float32 (2, 1)\n'
+    + b'\x00\x00\x80\x3f' * 2
+  )
+  expected = hashlib.sha256(content).hexdigest()
+  assert checkpoint.variables_hash(arrays) == expected
+  loaded, _ = checkpoint.load_model(saved)
+  before = checkpoint.variables_hash(variables)
+  assert checkpoint.variables_hash(loaded) == before
+  leaves, tree = jax.tree.flatten(variables)
+  leaves[-1] = np.nextafter(leaves[-1], np.float32(1))
+  changed = jax.tree.unflatten(tree, leaves)
+  assert checkpoint.variables_hash(changed) != before
 
 
 def test_model_and_metadata_are_loaded_exactly(saved, variables):

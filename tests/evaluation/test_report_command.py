@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import dualformer_jax
+from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.input_pipeline import dataset
 from tests import training_command
 from tests.evaluation import html_page
@@ -86,6 +87,14 @@ def test_report_matches_recognizer(trained, motion_dataset):
       probabilities[index],
       atol=1e-6,
     )
+  assert figures['recipe'] == 'motion'
+  variables, _ = checkpoint.load_model(figures['checkpoint'])
+  sha256 = checkpoint.variables_hash(variables)
+  assert figures['checkpoint_sha256'] == sha256
+  training = figures['training']
+  assert 0 < training['hours'] < 1
+  assert training['hardware'] == [figures['hardware']]
+  assert training['config'] == figures['config']
   correct = probabilities.argmax(axis=1) == arrays['labels']
   assert figures['top1'] == correct.mean()
   assert figures['view_budget'][-1]['accuracy'] == correct.mean()

@@ -44,6 +44,8 @@ def test_recipes_are_valid(name):
     ('num_epochs', -1, 'at least 1'),
     ('num_epochs', 0, 'at least 1'),
     ('log_every_steps', 0, 'at least 1'),
+    ('trackers', 'wandb,mlfow', 'names of wandb, mlflow, trackio, separated'),
+    ('tracker_project', 'team/project', 'at most 128 characters, and none of'),
     ('seed', -1, '0 to 4294967295'),
     ('label_smoothing', 1.0, 'at least 0 and less than 1'),
     ('ema_decay', -0.5, 'at least 0 and less than 1'),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 
 from clu import metric_writers
 from tensorboard.backend.event_processing import event_file_loader
 
+from dualformer_jax.checkpoints import metadata
+from dualformer_jax.distributed import processes
 from dualformer_jax.evaluation import curves, report_page
+from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.training import logging
 from tests.evaluation import html_page, make_result
 
@@ -113,3 +117,19 @@ def test_long_curves_are_thinned_out(tmp_path):
   (loss,) = curves.training_curves(tmp_path)
   assert len(loss['points']) == 400
   assert loss['points'][-1] == (10000, 10000.0)
+
+
+def test_training_hours_accumulate(monkeypatch):
+  monkeypatch.setattr(processes, 'hardware', lambda: '8 x A')
+  record = logging.training_record(None, 5400)
+  assert record == {'hours': 1.5, 'hardware': ['8 x A']}
+  resumed = metadata.CheckpointMetadata({}, Preprocessing(8, 2, 32), ())
+  resumed = dataclasses.replace(resumed, training=record)
+  expected = {'hours': 2.0, 'hardware': ['8 x A']}
+  assert logging.training_record(resumed, 1800) == expected
+  monkeypatch.setattr(processes, 'hardware', lambda: '4 x B')
+  expected = {'hours': 2.0, 'hardware': ['8 x A', '4 x B']}
+  assert logging.training_record(resumed, 1800) == expected
+  # Earlier versions have not stored them.
+  older = dataclasses.replace(resumed, training=None)
+  assert logging.training_record(older, 1800) is None
