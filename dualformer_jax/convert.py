@@ -64,6 +64,15 @@ def main() -> None:
         f'--{name} has no effect if --dst is a .pth file; omit it, or pass a '
         'folder as --dst'
       )
+  if hub.is_address(FLAGS.src):
+    is_checkpoint = not hub.Address.parse(FLAGS.src).file
+  else:
+    is_checkpoint = pathlib.Path(FLAGS.src).expanduser().is_dir()
+  if not to_pth and is_checkpoint:
+    raise UserError(
+      f'--src={FLAGS.src} is a checkpoint, but --dst={dst} is not a file name '
+      'that ends in .pth'
+    )
   if not to_pth and FLAGS.config is None:
     raise UserError(
       '--config must be given to convert a .pth file: the recipe that it was '
@@ -71,11 +80,6 @@ def main() -> None:
     )
   files.check_writable(dst)
   src = hub.local_path(FLAGS.src)
-  if not to_pth and src.is_dir():
-    raise UserError(
-      f'--src={FLAGS.src} is a folder, but --dst={dst} is not a file name that '
-      'ends in .pth'
-    )
   # Imported late: --help and errors in flags do not wait for JAX.
   import jax
 

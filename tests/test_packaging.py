@@ -26,12 +26,20 @@ OPTIONAL = (
   'apache_beam',
   'fastapi',
   'gradio',
+  'huggingface_hub',
   'importlib_resources',
+  'jax2onnx',
   'mlcroissant',
+  'mlflow',
+  'onnx',
+  'onnxruntime',
+  'qwix',
   'tensorboard',
   'tensorflow',
   'torch',
+  'trackio',
   'uvicorn',
+  'wandb',
 )
 # Packages that models and training steps do not need either.
 DATA_LIBRARIES = (
@@ -112,7 +120,10 @@ def _imports(path):
 @pytest.mark.parametrize(
   ('folder', 'extras'),
   [
-    ('dualformer_jax', ('demo', 'prepare', 'wandb', 'mlflow', 'trackio')),
+    (
+      'dualformer_jax',
+      ('demo', 'hub', 'int8', 'mlflow', 'onnx', 'prepare', 'trackio', 'wandb'),
+    ),
     ('configs', ()),
     ('data', ('prepare',)),
     ('tests', ('prepare', 'test')),
