@@ -80,6 +80,9 @@ def _from_json(custom_metadata: Any) -> CheckpointMetadata:
       raise ValueError(f'{name} is {fields[name]!r}, not a {kind.__name__}')
   if not all(isinstance(name, str) for name in fields['class_names']):
     raise ValueError('class_names holds something other than strings')
+  if record := fields.get('training'):
+    hours, hardware = float(record['hours']), map(str, record['hardware'])
+    fields['training'] = {'hours': hours, 'hardware': list(hardware)}
   for name in ('model', 'preprocessing', 'class_names'):
     fields[name] = _tuples(fields[name])
   fields['preprocessing'] = Preprocessing(**fields['preprocessing'])
