@@ -52,7 +52,7 @@ def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
   """Reads the metadata of a checkpoint folder; UserError if it is invalid."""
   try:
     text = (folder / FILE).read_text('utf-8')
-    return _from_json(json.loads(text)['custom_metadata'])
+    return from_json(json.loads(text)['custom_metadata'])
   except UserError as error:
     raise UserError(f'{folder}: {error}') from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -62,7 +62,7 @@ def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
     ) from error
 
 
-def _from_json(custom_metadata: Any) -> CheckpointMetadata:
+def from_json(custom_metadata: Any) -> CheckpointMetadata:
   """Validates and returns the content of `CheckpointMetadata.to_json`."""
   fields = dict(custom_metadata[_KEY])
   if fields.pop('format') != _FORMAT:
