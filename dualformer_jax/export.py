@@ -118,7 +118,9 @@ def _export() -> None:
   if out is None:
     return
   if FLAGS.weights_dtype == 'int8':
-    weights, difference = stored_weights.quantize_recognizer(recognizer)
+    recognizer, weights, difference = stored_weights.quantize_recognizer(
+      recognizer
+    )
     print(
       'int8 weights change the probabilities of the golden input by up to '
       f'{difference:.2g}'

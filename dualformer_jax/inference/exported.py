@@ -174,7 +174,7 @@ def check_program(path: pathlib.Path) -> tuple[float, str | None]:
       inputs = [_read_weights(file), views]
     program = jax_export.deserialize(bytearray(file.read('program.stablehlo')))
     tolerance = _TOLERANCE[description['dtype']]
-    warning = _warning(path, description, datetime.date.today())
+    warning = expiry_warning(path, description, datetime.date.today())
   platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
   if platform not in program.platforms:
     raise UserError(
@@ -191,7 +191,7 @@ def check_program(path: pathlib.Path) -> tuple[float, str | None]:
   return difference, warning
 
 
-def _warning(
+def expiry_warning(
   path: pathlib.Path, description: dict[str, Any], today: datetime.date
 ) -> str | None:
   """Returns a warning if JAX promises to read a file for less than a month."""

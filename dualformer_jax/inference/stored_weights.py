@@ -7,6 +7,7 @@ second one, its float32 scales, whose name ends in '_int8_scale'.
 from __future__ import annotations
 
 from collections.abc import Mapping
+import copy
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -89,16 +90,19 @@ def _is_depthwise(kernel: np.ndarray, bias: np.ndarray) -> bool:
   return kernel.ndim == 4 and bias.ndim == 1
 
 
-def quantize_recognizer(recognizer: Recognizer) -> tuple[Weights, float]:
-  """Replaces the weights of a recognizer by int8 ones.
+def quantize_recognizer(
+  recognizer: Recognizer,
+) -> tuple[Recognizer, Weights, float]:
+  """Returns a copy of a recognizer with int8 weights.
 
   Returns:
-    The weights, and the largest change of the probabilities of a golden input.
+    The copy, its weights as they are stored, and the largest change of the
+    probabilities of a golden input.
   """
+  weights = quantize(flatten(recognizer.variables))
+  quantized = copy.copy(recognizer)
+  quantized.variables = jax.jit(restore)(weights)
   p = recognizer.preprocessing
   views = golden_views(1, p.num_frames, p.image_size, p.image_size, 3)
-  before, _ = recognizer.score(views)
-  weights = quantize(flatten(recognizer.variables))
-  recognizer.variables = jax.jit(restore)(weights)
-  after, _ = recognizer.score(views)
-  return weights, float(np.abs(after - before).max())
+  (before, _), (after, _) = recognizer.score(views), quantized.score(views)
+  return quantized, weights, float(np.abs(after - before).max())
