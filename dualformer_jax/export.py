@@ -63,8 +63,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'renew',
     None,
-    'A .zip file to export again with the installed JAX, to --out or, with '
-    '--overwrite, to the same file.',
+    'A .zip file to export again with the installed JAX and its own dtypes, '
+    'to --out or, with --overwrite, to the same file.',
   )
   flags.DEFINE_bool('overwrite', False, 'Replace existing files.')
 
@@ -78,6 +78,8 @@ def main() -> None:
     raise UserError(
       'expected one of --checkpoint, --check and --renew; see --help'
     )
+  if FLAGS.weights and not FLAGS.checkpoint:
+    raise UserError('--weights needs --checkpoint')
   if FLAGS.check:
     _check(pathlib.Path(FLAGS.check))
   elif FLAGS.renew:

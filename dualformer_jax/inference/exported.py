@@ -88,9 +88,6 @@ def export_program(
     scores = jax.lax.map(score, views.reshape(-1, *views.shape[2:]))
     return jnp.mean(scores.reshape(*views.shape[:2], -1), axis=1)
 
-  # Checking a file needs no metadata of checkpoints.
-  from dualformer_jax.checkpoints.metadata import CheckpointMetadata
-
   shape = (p.num_frames, p.image_size, p.image_size, 3)
   sizes = ', '.join(map(str, shape))
   # Compiled as for a CPU, as kernels of a platform run on that one alone.
@@ -108,16 +105,6 @@ def export_program(
   np.savez_compressed(golden, views=views, probabilities=probabilities)
   num_classes = len(recognizer.class_names)
   today = datetime.date.today()
-  metadata = CheckpointMetadata(
-    model={
-      field.name: getattr(model, field.name)
-      for field in dataclasses.fields(model)
-      if field.name not in ('parent', 'name')  # added by Linen
-    },
-    preprocessing=p,
-    class_names=recognizer.class_names,
-    multi_label=recognizer.multi_label,
-  )
   description = {
     'format': 'dualformer_jax export 2',
     'input': f'uint8 [videos, views, {sizes}], RGB',
@@ -136,7 +123,7 @@ def export_program(
       name=path.name, sizes=sizes, classes=num_classes
     ),
     'description.json': json.dumps(description, indent=2, ensure_ascii=False),
-    'checkpoint.json': json.dumps(metadata.to_json(), ensure_ascii=False),
+    'checkpoint.json': json.dumps(_metadata(recognizer), ensure_ascii=False),
     'golden.npz': golden.getvalue(),
     'program.stablehlo': bytes(exported.serialize()),
   }
@@ -150,8 +137,26 @@ def export_program(
   platforms = ', '.join(_PLATFORMS)
   return (
     f'{description["input"]} -> {description["output"]}, for {platforms}; '
-    f'JAX promises to read it until {description["readable_until"]}'
+    f'exported with jax {jax.__version__}, which JAX promises to read until '
+    f'{description["readable_until"]}'
   )
+
+
+def _metadata(recognizer: Recognizer) -> dict[str, Any]:
+  """Returns the metadata of a checkpoint of the model, as JSON."""
+  # Imported late, as checking a file needs no checkpoints.
+  from dualformer_jax.checkpoints.metadata import CheckpointMetadata
+
+  return CheckpointMetadata(
+    model={
+      field.name: getattr(recognizer.model, field.name)
+      for field in dataclasses.fields(recognizer.model)
+      if field.name not in ('parent', 'name')  # added by Linen
+    },
+    preprocessing=recognizer.preprocessing,
+    class_names=recognizer.class_names,
+    multi_label=recognizer.multi_label,
+  ).to_json()
 
 
 def check_program(path: pathlib.Path) -> tuple[float, str | None]:
@@ -172,9 +177,17 @@ def check_program(path: pathlib.Path) -> tuple[float, str | None]:
     inputs: list[Any] = [views]
     if 'weights.npz' in file.namelist():  # else the program has them
       inputs = [_read_weights(file), views]
-    program = jax_export.deserialize(bytearray(file.read('program.stablehlo')))
     tolerance = _TOLERANCE[description['dtype']]
     warning = expiry_warning(path, description, datetime.date.today())
+    content = bytearray(file.read('program.stablehlo'))
+    try:
+      program = jax_export.deserialize(content)
+    except Exception as error:
+      if warning is None:
+        raise
+      raise UserError(
+        f'jax {jax.__version__} cannot read the program in {warning}'
+      ) from error
   platform = {'gpu': 'cuda'}.get(jax.default_backend(), jax.default_backend())
   if platform not in program.platforms:
     raise UserError(

@@ -197,6 +197,7 @@ def test_invalid_flags_fail_in_one_line_and_write_nothing(
     ),
     ((f'--checkpoint={folder}',), '--out must be given'),
     ((), 'expected one of'),
+    (('--check=m.zip', f'--weights={tmp_path}/a.safetensors'), 'needs --check'),
     ((f'--check={exported}/model.zip', f'--renew={folder}'), 'expected one of'),
     ((f'--renew={exported}/model.zip',), '--overwrite'),
   ):
@@ -262,6 +263,14 @@ def test_check_warns_of_a_file_that_expires(run_command, exported, tmp_path):
   [line] = [x for x in done.stderr.splitlines() if x.startswith('W')]
   assert f'{path}: JAX promises' in line
 
+  broken = tmp_path / 'broken.zip'
+  rewrite(path, broken, {'program.stablehlo': b'of an old version'})
+  done = run_command(export, f'--check={broken}')
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert f'jax {jax.__version__} cannot read the program' in line
+  assert f'--renew={broken}' in line
+
 
 @pytest.mark.slow
 def test_renewed_file_has_a_new_date_and_the_same_output(
@@ -273,7 +282,7 @@ def test_renewed_file_has_a_new_date_and_the_same_output(
   rewrite(exported / 'model.zip', path, changes)
   done = run(f'--renew={path}', '--overwrite')
   assert (done.returncode, done.stderr) == (0, '')
-  assert 'JAX promises to read it until' in done.stdout
+  assert f'jax {jax.__version__}, which JAX promises' in done.stdout
   with (
     zipfile.ZipFile(exported / 'model.zip') as old,
     zipfile.ZipFile(path) as new,
