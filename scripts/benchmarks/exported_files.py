@@ -4,12 +4,12 @@
     [--dataset=NAME --data_dir=DATA] [--rounds=9]
 
 Exports the checkpoint as .zip and .onnx files, with float32 and with int8
-weights, and prints a table: megabytes, and the median seconds of one view. The
-files take turns, so that other load on the machine slows all of them. Both
-runtimes use all cores. With --data_dir, it also prints the accuracy of each
-file on the validation videos of a prepared dataset, the fraction of videos of
-which the most probable class is that of the float32 .zip file, and the largest
-difference of a probability from it. Needs the extras onnx and int8.
+weights, and prints megabytes and the median seconds and CPU seconds of one
+view. The files take turns, so that other load on the machine slows all of them.
+Both runtimes use all cores. With --data_dir, it also prints the accuracy of
+each file on the validation videos of a prepared dataset, the fraction of videos
+of which the most probable class is that of the float32 .zip file, and the
+largest difference of a probability from it. Needs the extras onnx and int8.
 """
 
 from collections.abc import Callable
@@ -77,7 +77,10 @@ def main() -> None:
     f'{os.cpu_count()} threads, medians of {FLAGS.rounds}'
   )
   for name, size in sizes.items():
-    print(f'{name}: {size / 1e6:.1f} MB, {seconds[name]:.3f} s per view')
+    wall, cpu = seconds[name]
+    print(
+      f'{name}: {size / 1e6:.1f} MB, {wall:.3f} s per view, {cpu:.3f} s of CPU'
+    )
   if FLAGS.data_dir:
     compare(programs, recognizer)
 
@@ -107,21 +110,27 @@ def open_onnx(path: pathlib.Path) -> Run:
 
 def measure(
   programs: dict[str, Run], recognizer: Recognizer
-) -> dict[str, float]:
-  """Returns the median seconds of one view."""
+) -> dict[str, tuple[float, float]]:
+  """Returns the median seconds of one view, and of CPU time."""
   p = recognizer.preprocessing
   view = golden_views(1, p.num_frames, p.image_size, p.image_size, 3)
   for run in programs.values():
     run(view)  # compiles
-  times: dict[str, list[float]] = {name: [] for name in programs}
+  times: dict[str, list[tuple[float, float]]] = {name: [] for name in programs}
   for _ in progress.track(
     range(FLAGS.rounds), 'Measuring', FLAGS.rounds, 'rounds'
   ):
     for name, run in programs.items():
-      start = time.perf_counter()
+      start = time.perf_counter(), time.process_time()
       run(view)
-      times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(values) for name, values in times.items()}
+      end = time.perf_counter(), time.process_time()
+      times[name].append((end[0] - start[0], end[1] - start[1]))
+  return {name: _medians(values) for name, values in times.items()}
+
+
+def _medians(times: list[tuple[float, float]]) -> tuple[float, float]:
+  walls, cpus = zip(*times, strict=True)
+  return statistics.median(walls), statistics.median(cpus)
 
 
 def compare(programs: dict[str, Run], recognizer: Recognizer) -> None:
