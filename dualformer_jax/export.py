@@ -120,9 +120,10 @@ def _export() -> None:
   if out is None:
     return
   if FLAGS.weights_dtype == 'int8':
-    recognizer, weights, difference = stored_weights.quantize_recognizer(
-      recognizer
-    )
+    with progress.waiting('quantizing'):
+      recognizer, weights, difference = stored_weights.quantize_recognizer(
+        recognizer
+      )
     print(
       'int8 weights change the probabilities of the golden input by up to '
       f'{difference:.2g}'
