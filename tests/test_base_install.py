@@ -23,12 +23,13 @@ pytestmark = pytest.mark.slow
 
 # Runs an exported program as its README.txt says, with JAX alone.
 RUN_PROGRAM = """
-import sys, zipfile, numpy
+import io, sys, zipfile, numpy
 from jax import export
 with zipfile.ZipFile(sys.argv[1]) as file:
   program = export.deserialize(bytearray(file.read('program.stablehlo')))
-shape = [d if isinstance(d, int) else 1 for d in program.in_avals[0].shape]
-print(program.call(numpy.zeros(shape, 'uint8')).sum())
+  weights = dict(numpy.load(io.BytesIO(file.read('weights.npz'))))
+shape = [d if isinstance(d, int) else 1 for d in program.in_avals[-1].shape]
+print(program.call(weights, numpy.zeros(shape, 'uint8')).sum())
 """
 
 
@@ -125,6 +126,7 @@ def test_complexity(base):
   assert '21,767,360' in table  # parameters of the published backbone
 
 
+EXPORT = ('dualformer-export', '--checkpoint=model')
 PLAN = ('dualformer-plan', '--config=configs/motion.py', '--videos=8')
 
 
@@ -132,6 +134,9 @@ PLAN = ('dualformer-plan', '--config=configs/motion.py', '--videos=8')
   ('command', 'extra'),
   [
     (('dualformer-demo', '--checkpoint=model'), 'demo'),
+    ((*EXPORT, '--out=m.onnx'), 'onnx'),
+    (('dualformer-export', '--check=m.onnx'), 'onnx'),
+    ((*EXPORT, '--out=m.zip', '--weights_dtype=int8'), 'int8'),
     ((*PLAN, '--topology=v5e:2x2'), 'plan'),
     ((*PLAN, '--topology=h100:2'), 'cuda'),
   ],

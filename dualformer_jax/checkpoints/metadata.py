@@ -56,8 +56,8 @@ def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
   try:
     if (folder / FILE).is_file():
       content = json.loads((folder / FILE).read_text('utf-8'))
-      return _from_json(content['custom_metadata'])
-    return _from_json(json.loads((folder / CONFIG).read_text('utf-8')))
+      return from_json(content['custom_metadata'])
+    return from_json(json.loads((folder / CONFIG).read_text('utf-8')))
   except UserError as error:
     raise UserError(f'{folder}: {error}') from error
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -67,7 +67,7 @@ def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
     ) from error
 
 
-def _from_json(custom_metadata: Any) -> CheckpointMetadata:
+def from_json(custom_metadata: Any) -> CheckpointMetadata:
   """Validates and returns the content of `CheckpointMetadata.to_json`."""
   fields = dict(custom_metadata[_KEY])
   if fields.pop('format') != _FORMAT:

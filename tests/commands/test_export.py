@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+import datetime
 import functools
+import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+from typing import Any
 import zipfile
 
 import jax
@@ -21,6 +26,7 @@ from dualformer_jax import export
 from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.errors import UserError
 from dualformer_jax.inference import exported as exported_files
+from dualformer_jax.inference import stored_weights
 from tests import training_command
 from tests.inference import token_model
 
@@ -42,10 +48,22 @@ def _exported(folder) -> pathlib.Path:
   out = folder.parent / 'out'
   out.mkdir()
   recognizer = dualformer_jax.load(folder, dtype='float32')
-  line = exported_files.export_program(recognizer, out / 'model.zip')
-  assert line.endswith('probabilities, for cpu, cuda, tpu')
-  exported_files.save_weights(recognizer, out / 'model.safetensors')
+  weights = stored_weights.flatten(recognizer.variables)
+  line = exported_files.export_program(recognizer, weights, out / 'model.zip')
+  assert 'probabilities, for cpu, cuda, tpu;' in line
+  exported_files.save_weights(weights, out / 'model.safetensors')
   return out
+
+
+def rewrite(
+  old: pathlib.Path, new: pathlib.Path, changes: Mapping[str, bytes | None]
+) -> None:
+  """Copies a .zip file with other content of some names, or without them."""
+  with zipfile.ZipFile(old) as source, zipfile.ZipFile(new, 'w') as target:
+    contents = {name: source.read(name) for name in source.namelist()}
+    for name, content in ({**contents, **changes}).items():
+      if content is not None:
+        target.writestr(name, content)
 
 
 @pytest.fixture(name='run')
@@ -58,7 +76,8 @@ def test_export_on_a_tpu_is_for_all_platforms(folder, monkeypatch, tmp_path):
   recognizer = dualformer_jax.load(folder, dtype='bfloat16')
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   # A kernel for TPUs could not be lowered for CPUs.
-  exported_files.export_program(recognizer, tmp_path / 'model.zip')
+  weights = stored_weights.flatten(recognizer.variables)
+  exported_files.export_program(recognizer, weights, tmp_path / 'model.zip')
   assert (tmp_path / 'model.zip').exists()
 
 
@@ -68,6 +87,7 @@ def test_program_agrees_with_recognizer(folder, exported, videos):
   recognizer = dualformer_jax.load(folder, dtype='float32')
   with zipfile.ZipFile(exported / 'model.zip') as file:
     program = jax_export.deserialize(bytearray(file.read('program.stablehlo')))
+    weights: Any = dict(np.load(io.BytesIO(file.read('weights.npz'))))
     description = json.loads(file.read('description.json'))
   assert tuple(description['class_names']) == token_model.NAMES
   assert description['preprocessing']['num_clips'] == 2
@@ -76,7 +96,7 @@ def test_program_agrees_with_recognizer(folder, exported, videos):
   for count in (2, 3):
     shape = (videos, count, 8, 68, 68, 3)
     views = rng.integers(0, 256, shape).astype(np.uint8)
-    found = np.asarray(program.call(views))
+    found = np.asarray(program.call(weights, views))
     for row, video in zip(found, views, strict=True):
       np.testing.assert_allclose(
         row, recognizer.probabilities(video), atol=1e-5
@@ -107,18 +127,12 @@ def test_check_of_a_program_with_other_probabilities_fails(
   run, exported, tmp_path
 ):
   path = tmp_path / 'other.zip'
-  with (
-    zipfile.ZipFile(exported / 'model.zip') as old,
-    zipfile.ZipFile(path, 'w') as new,
-  ):
-    for name in old.namelist():
-      if name != 'golden.npz':
-        new.writestr(name, old.read(name))
-        continue
-      with old.open(name) as file, np.load(file) as arrays:
-        changed = arrays['probabilities'][:, ::-1]
-        with new.open(name, 'w') as target:
-          np.savez(target, views=arrays['views'], probabilities=changed)
+  with zipfile.ZipFile(exported / 'model.zip') as file:
+    arrays = np.load(io.BytesIO(file.read('golden.npz')))
+  golden = io.BytesIO()
+  changed = arrays['probabilities'][:, ::-1]
+  np.savez(golden, views=arrays['views'], probabilities=changed)
+  rewrite(exported / 'model.zip', path, {'golden.npz': golden.getvalue()})
   done = run(f'--check={path}')
   assert done.returncode == 2
   assert 'do not use the file' in done.stderr
@@ -129,9 +143,10 @@ def test_weights_are_those_of_the_checkpoint(folder, exported):
   arrays = load_file(exported / 'model.safetensors')
   variables = dualformer_jax.load(folder).variables
   for name, array in arrays.items():
-    leaf = variables
+    leaf: Any = variables
     for part in name.split('/'):
       leaf = leaf[part]
+    assert array.shape == leaf.shape
     np.testing.assert_array_equal(array, leaf)
   assert len(arrays) == len(jax.tree.leaves(variables))
 
@@ -159,8 +174,8 @@ def test_command_writes_both_files(run, folder, tmp_path):
   )
   assert (done.returncode, done.stderr) == (0, '')
   first, second = done.stdout.splitlines()
-  assert first.startswith(f'{model}: ')
-  assert second == f'{weights}: {len(load_file(weights))} arrays'
+  assert first == f'{weights}: {len(load_file(weights))} arrays'
+  assert second.startswith(f'{model}: ')
 
 
 def test_invalid_flags_fail_in_one_line_and_write_nothing(
@@ -170,12 +185,136 @@ def test_invalid_flags_fail_in_one_line_and_write_nothing(
   for flags, expected in (
     ((f'--checkpoint={folder}', f'--out={exported}/model.zip'), '--overwrite'),
     ((f'--checkpoint={tmp_path}', f'--out={tmp_path}/a.zip'), str(tmp_path)),
-    ((f'--checkpoint={folder}', f'--out={tmp_path}'), 'is a folder'),
+    ((f'--checkpoint={folder}', f'--out={tmp_path}/m.bin'), '.zip or .onnx'),
+    ((f'--checkpoint={folder}', f'--weights={tmp_path}/m.pt'), '.safetensors'),
+    (
+      (
+        f'--checkpoint={folder}',
+        f'--out={tmp_path}/m.onnx',
+        '--dtype=bfloat16',
+      ),
+      'ONNX has float32',
+    ),
     ((f'--checkpoint={folder}',), '--out must be given'),
+    ((), 'expected one of'),
+    (('--check=m.zip', f'--weights={tmp_path}/a.safetensors'), 'needs --check'),
+    ((f'--check={exported}/model.zip', f'--renew={folder}'), 'expected one of'),
+    ((f'--renew={exported}/model.zip',), '--overwrite'),
   ):
     done = run(*flags)
     assert done.returncode == 2
     assert expected in done.stderr
     assert len(done.stderr.splitlines()) == 1
   assert (exported / 'model.zip').read_bytes() == before
-  assert not list(tmp_path.glob('*.zip*'))
+  assert not list(tmp_path.iterdir())
+
+
+def test_too_little_space_is_reported_before_the_export(
+  run, folder, tmp_path, monkeypatch
+):
+  usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+  monkeypatch.setattr(shutil, 'disk_usage', lambda _: usage)
+  monkeypatch.setattr(jax_export, 'export', lambda *_, **__: pytest.fail())
+  done = run(f'--checkpoint={folder}', f'--out={tmp_path}/model.zip')
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert 'are free' in line
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+  ('today', 'words'),
+  [
+    ('2027-02-01', 'promised to read it until 2027-01-31'),
+    ('2027-01-31', 'promises to read it until 2027-01-31'),
+    ('2027-01-02', 'promises to read it until 2027-01-31'),
+    ('2027-01-01', None),
+  ],
+)
+def test_warning_in_the_last_month(today, words):
+  warning = exported_files.expiry_warning(
+    pathlib.Path('m.zip'),
+    {'readable_until': '2027-01-31'},
+    datetime.date.fromisoformat(today),
+  )
+  if words is None:
+    assert warning is None
+  else:
+    assert warning is not None
+    assert words in warning
+    assert '--renew=m.zip --overwrite' in warning
+
+
+def test_check_warns_of_a_file_that_expires(run_command, exported, tmp_path):
+  path = tmp_path / 'model.zip'
+  today = datetime.date.today()
+  with zipfile.ZipFile(exported / 'model.zip') as file:
+    description = json.loads(file.read('description.json'))
+  assert description['jax'] == jax.__version__
+  exported_at = datetime.date.fromisoformat(description['exported'])
+  assert today - exported_at <= datetime.timedelta(days=1)
+  until = datetime.date.fromisoformat(description['readable_until'])
+  assert until - exported_at == datetime.timedelta(days=182)
+  description['readable_until'] = today.isoformat()
+  changes = {'description.json': json.dumps(description).encode()}
+  rewrite(exported / 'model.zip', path, changes)
+  done = run_command(export, f'--check={path}', with_log=True)
+  assert done.returncode == 0, done.stderr
+  [line] = [x for x in done.stderr.splitlines() if x.startswith('W')]
+  assert f'{path}: JAX promises' in line
+
+  broken = tmp_path / 'broken.zip'
+  rewrite(path, broken, {'program.stablehlo': b'of an old version'})
+  done = run_command(export, f'--check={broken}')
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert f'jax {jax.__version__} cannot read the program' in line
+  assert f'--renew={broken}' in line
+
+
+@pytest.mark.slow
+def test_renewed_file_has_a_new_date_and_the_same_output(
+  run, folder, exported, tmp_path
+):
+  path = tmp_path / 'model.zip'
+  # A program that cannot be read any more.
+  changes: Any = {'program.stablehlo': b'old', 'description.json': b'{}'}
+  rewrite(exported / 'model.zip', path, changes)
+  done = run(f'--renew={path}', '--overwrite')
+  assert (done.returncode, done.stderr) == (0, '')
+  assert f'jax {jax.__version__}, which JAX promises' in done.stdout
+  with (
+    zipfile.ZipFile(exported / 'model.zip') as old,
+    zipfile.ZipFile(path) as new,
+  ):
+    for name in ('description.json', 'checkpoint.json', 'weights.npz'):
+      assert new.read(name) == old.read(name), name
+    golden = np.load(io.BytesIO(new.read('golden.npz')))
+    weights: Any = dict(np.load(io.BytesIO(new.read('weights.npz'))))
+    program = jax_export.deserialize(bytearray(new.read('program.stablehlo')))
+  [views] = golden['views']
+  recognizer = dualformer_jax.load(folder, dtype='float32')
+  [found] = np.asarray(program.call(weights, views[None]))
+  np.testing.assert_allclose(found, recognizer.probabilities(views), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    ({'weights.npz': None}, 'export it again from the checkpoint'),
+    ({'weights.npz': b'PK'}, 'is damaged'),
+    ({'checkpoint.json': None}, 'is damaged'),
+    ({'checkpoint.json': b'{}'}, 'is damaged'),
+  ],
+)
+def test_file_that_cannot_be_renewed_is_left_alone(
+  run, exported, tmp_path, changes, message
+):
+  path = tmp_path / 'model.zip'
+  rewrite(exported / 'model.zip', path, changes)
+  before = path.read_bytes()
+  done = run(f'--renew={path}', '--overwrite')
+  assert done.returncode == 2
+  [line] = done.stderr.splitlines()
+  assert message in line
+  assert path.read_bytes() == before

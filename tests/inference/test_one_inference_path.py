@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import base64
+import io
 import json
 import os
 import pathlib
@@ -198,8 +199,9 @@ def test_all_commands_give_the_same_probabilities(
   run(*command, f'--out={out}/model.zip', environment=environment)
   with zipfile.ZipFile(out / 'model.zip') as file:
     program = jax_export.deserialize(bytearray(file.read('program.stablehlo')))
+    weights: Any = dict(np.load(io.BytesIO(file.read('weights.npz'))))
   views = dualformer_jax.load(folder).views(str(video))
-  [exported] = np.asarray(program.call(views[None]))
+  [exported] = np.asarray(program.call(weights, views[None]))
   ways['export'] = dict(zip(names, exported.tolist(), strict=True))
 
   expected = ways.pop('test')
