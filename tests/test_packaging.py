@@ -28,7 +28,6 @@ OPTIONAL = (
   'gradio',
   'huggingface_hub',
   'importlib_resources',
-  'jax2onnx',
   'mlcroissant',
   'mlflow',
   'onnx',
@@ -165,6 +164,7 @@ def test_the_package_imports_without_the_extras():
   modules = [_module_name(path) for path in PACKAGE.rglob('*.py')]
   modules.remove('dualformer_jax.__main__')
   modules.remove('dualformer_jax.inference.demo_page')  # is of the extra `demo`
+  modules.remove('dualformer_jax.inference.onnx_graph')  # of the extra `onnx`
   _import_without(OPTIONAL, sorted(modules))
 
 
