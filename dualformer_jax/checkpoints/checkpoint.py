@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dualformer_jax.checkpoints import metadata as metadata_lib
@@ -195,6 +196,14 @@ def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
 def _init_shapes(model: DualFormer) -> dict[str, Any]:
   clips = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
   return dict(jax.eval_shape(model.init, jax.random.key(0), clips))
+
+
+def digest(variables: Any) -> str:
+  """Returns a hash that identifies the parameters of a model."""
+  content = hashlib.sha256()
+  for leaf in jax.tree.leaves(variables):
+    content.update(np.ascontiguousarray(leaf).tobytes())
+  return content.hexdigest()[:16]
 
 
 def find(path: str | os.PathLike[str]) -> pathlib.Path:

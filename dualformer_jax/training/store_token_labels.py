@@ -1,7 +1,6 @@
 """Scores every token of the training videos with a teacher, and stores it."""
 
 from collections.abc import Callable, Iterator
-import hashlib
 import itertools
 import logging
 import pathlib
@@ -14,6 +13,7 @@ from jaxtyping import UInt8
 import numpy as np
 
 from dualformer_jax import progress
+from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.evaluation import forward
@@ -56,7 +56,7 @@ def store_labels(
   folder = pathlib.Path(out or default).expanduser()
   meta = {
     'dataset': data.fingerprint,
-    'teacher': _digest(variables),
+    'teacher': checkpoint.digest(variables),
     'top': min(top, num_classes) or num_classes,
     'num_classes': num_classes,
   }
@@ -204,11 +204,3 @@ def _score_videos(
       classes.astype(np.uint16),
     )
     yield labels, share
-
-
-def _digest(variables: Any) -> str:
-  """Returns a hash that identifies a teacher."""
-  digest = hashlib.sha256()
-  for leaf in jax.tree.leaves(variables):
-    digest.update(np.ascontiguousarray(leaf).tobytes())
-  return digest.hexdigest()[:16]

@@ -1,6 +1,7 @@
 """Testing: scores the test split with all views, and writes the report."""
 
 import copy
+import dataclasses
 import datetime
 import logging
 import os
@@ -17,6 +18,8 @@ from dualformer_jax.evaluation import forward, metrics, scoring
 from dualformer_jax.evaluation import report as reports
 from dualformer_jax.evaluation import result as results
 from dualformer_jax.files import check_writable
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models import flops
 from dualformer_jax.training import config_check, setup
 from dualformer_jax.training.logging import format_metrics
@@ -35,6 +38,22 @@ def make_scorer(
     clips_per_batch=config.batch_size,
     num_threads=config.dataset.num_threads,
   )
+
+
+def adapt_config(
+  config: setup.Config, metadata: checkpoint.CheckpointMetadata
+) -> setup.Config:
+  """Returns a copy with the model and the preprocessing of a checkpoint."""
+  config, saved = copy.deepcopy(config), metadata.preprocessing
+  with config.unlocked():
+    config.model.update(metadata.model)
+  config.dataset.update(
+    frame_interval=saved.frame_interval,
+    sampling=saved.sampling,
+    pixel_mean=saved.pixel_mean,
+    pixel_std=saved.pixel_std,
+  )
+  return config
 
 
 def find_checkpoint(
@@ -92,16 +111,7 @@ def test(
   variables, metadata = setup.load_model(folder, data)
   # Read before the videos are scored, which can take hours.
   other = results.read(compare, data.class_names) if compare else None
-  saved = metadata.preprocessing
-  config = copy.deepcopy(config)
-  with config.unlocked():
-    config.model.update(metadata.model)
-  config.dataset.update(
-    frame_interval=saved.frame_interval,
-    sampling=saved.sampling,
-    pixel_mean=saved.pixel_mean,
-    pixel_std=saved.pixel_std,
-  )
+  config = adapt_config(config, metadata)
   mesh = sharding.make_mesh(config.mesh.to_dict(), config.batch_size)
   jax.set_mesh(mesh)
   model: Any = metadata.build_model(dtype=config.model.dtype)
@@ -109,8 +119,6 @@ def test(
     variables, sharding.tree_shardings(variables, mesh)
   )
   p = setup.make_preprocessing(config, config.test)
-  views = {'num_clips': p.num_clips, 'num_crops': p.num_crops}
-  in_words = setup.describe_views(p, p.image_size)
   kind = 'best' if folder.parent.name == checkpoint.BEST else 'latest'
   _LOG.info(
     'testing the %s checkpoint, %s, on %d videos', kind, folder, len(data)
@@ -118,6 +126,46 @@ def test(
   scorer = make_scorer(config, model, mesh)
   scores = scoring.score_split(scorer, variables, data, p)
   assert scores is not None
+  return write_report(
+    Tested(config, model, p, data, folder, kind), scores, workdir, start, other
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+  """What was tested: a model with its config, its views and the videos.
+
+  `kind` says which checkpoint of its run `folder` is, such as 'best'.
+  """
+
+  config: setup.Config
+  model: Any
+  preprocessing: Preprocessing
+  data: PreparedDataset
+  folder: pathlib.Path
+  kind: str
+
+
+def write_report(
+  tested: Tested,
+  scores: scoring.Scores,
+  workdir: pathlib.Path,
+  start: float,
+  other: results.Result | None = None,
+  **more: Any,
+) -> dict[str, Any]:
+  """Writes report.json, report.html and views.npz, and returns the report.
+
+  Args:
+    tested: What was tested.
+    scores: The scores of the videos.
+    workdir: Folder of the report.
+    start: When the run began, by time.monotonic.
+    other: Result of another test, to compare with. If it is of other videos,
+      UserError is raised after the report is written.
+    **more: More fields of the report.
+  """
+  config, p, data = tested.config, tested.preprocessing, tested.data
   result = results.Result(
     scores.logits,
     scores.labels,
@@ -129,7 +177,7 @@ def test(
   summary = metrics.summary(
     result.probabilities(), scores.labels, config.dataset.multi_label
   )
-  rows = flops.count(model)
+  rows = flops.count(tested.model)
   multiply_adds = sum(
     row.multiply_adds for row in rows if row.part != flops.TOKEN_HEAD
   )
@@ -139,10 +187,10 @@ def test(
     'failed_videos': [
       {'video': video, 'reason': reason} for video, reason in scores.failed
     ],
-    'views': views,
+    'views': {'num_clips': p.num_clips, 'num_crops': p.num_crops},
     **reports.details(result, multiply_adds / 1e9),
-    'checkpoint': str(folder),
-    'checkpoint_kind': kind,
+    'checkpoint': str(tested.folder),
+    'checkpoint_kind': tested.kind,
     'dataset': {
       'folder': str(data.folder),
       'split': data.split,
@@ -153,6 +201,7 @@ def test(
       'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'seconds': round(time.monotonic() - start, 1),
     },
+    **more,
   }
   mismatch = None
   if other is not None:
@@ -165,9 +214,9 @@ def test(
     reports.write(workdir, report, result, data, scores.indices)
     _LOG.info(
       'test of the %s checkpoint: %s  (%s) on %d videos, %d failed; report: %s',
-      kind,
+      tested.kind,
       format_metrics({n: v for n, v in report.items() if isinstance(v, float)}),
-      in_words,
+      setup.describe_views(p, p.image_size),
       len(scores.labels),
       len(scores.failed),
       workdir / 'report.json',
