@@ -1,11 +1,12 @@
 """Classification heads."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import attention, mlp
-from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels import mlp
+from dualformer_jax.kernels.dispatch import Compute, matmul_precision
 from dualformer_jax.kernels.layer_norm import layer_norm
 from dualformer_jax.models.layers import LayerNorm, Linear, Mlp, Projections
 
@@ -86,25 +87,32 @@ class CrossAttention(nn.Module):
     n = self.num_heads
     (key_kernel, _), (value_kernel, value_bias) = self.kv.weights((b, c))
     query = self.query.astype(self.compute.dtype)
-    q = self.q(query[None]).reshape(n, -1)
-    kernel = key_kernel.reshape(c, n, -1).astype(q.dtype)
-    q = jnp.einsum('ne,cne->nc', q, kernel, precision='highest')
-    q = jnp.broadcast_to(q * n**0.5, (1, b, n, c))
-    x = layer_norm(tokens, jnp.ones(c), jnp.zeros(c), self.compute)[None]
-    [means] = self.attend((q, x, x))
-    kernel = value_kernel.reshape(c, n, -1).astype(q.dtype)
-    values = jnp.einsum('bnc,cne->bne', means, kernel, precision='highest')
-    values = values.reshape(b, c) + value_bias.astype(q.dtype)
+    q = self.q(query[None]).reshape(n, -1) * (c / n) ** -0.5
+    x = layer_norm(tokens, jnp.ones(c), jnp.zeros(c), self.compute)
+    q = _einsum('ne,cne->nc', q, key_kernel.reshape(c, n, -1))
+    means = self.attend((q[None, None], x[None], x[None]))
+    values = _einsum('bnc,cne->bne', means, value_kernel.reshape(c, n, -1))
+    values = values.reshape(b, c) + value_bias.astype(x.dtype)
     return query + self.proj(values)
 
   def attend(
     self,
     qkv: tuple[
-      Float[Array, '1 b n c'], Float[Array, '1 b l c'], Float[Array, '1 b l c']
+      Float[Array, '1 1 n c'], Float[Array, '1 b l c'], Float[Array, '1 b l c']
     ],
-  ) -> Float[Array, '1 b n c']:
+  ) -> Float[Array, 'b n c']:
     """Returns the attended mean of the tokens for each head."""
-    return attention.reference(*qkv, num_heads=1)
+    [[q]], [k], [v] = qkv
+    weights = jax.nn.softmax(_einsum('nc,blc->bnl', q, k).astype(jnp.float32))
+    return _einsum('bnl,blc->bnc', weights.astype(v.dtype), v)
+
+
+def _einsum(
+  equation: str, x: Float[Array, '...'], y: Float[Array, '...']
+) -> Float[Array, '...']:
+  """Returns products in the dtype of `x`."""
+  precision = matmul_precision(x.dtype)
+  return jnp.einsum(equation, x, y.astype(x.dtype), precision=precision)
 
 
 class AttentiveHead(nn.Module):
