@@ -56,8 +56,9 @@ class Probe:
   """The best of the probes of one kind.
 
   `choice` and `test` are its accuracy, or mAP with several labels per video, on
-  the videos that it was chosen by and on those of the test; `loss` is the
-  cross-entropy on the former. `logits` are those of all test views.
+  the videos that it was chosen by and on those of the test. `loss` is the
+  cross-entropy on the former, which heads are chosen by, and `logits` are those
+  of all test views.
   """
 
   kind: str
@@ -129,7 +130,7 @@ def probe(
   for kind in kinds:
     head_model = DualFormer(**{**fields, 'head': kind, 'dtype': dtype})
     probes.append(_probe_head(head_model, data, config.seed))
-  best = max(probes[1:], key=lambda probe: (probe.choice, -probe.loss))
+  best = min(probes[1:], key=lambda probe: probe.loss)
   print(_table(probes, best))
 
   fields['head'] = best.kind
@@ -322,10 +323,8 @@ def _probe_head(model: DualFormer, data: Data, seed: int) -> Probe:
   options: dict[str, Any] = dict(seed=seed, multi_label=multi_label)
   params = heads.fit(plain, train, data.train_rows, settings, **options)
   choice = heads.Inputs(kind, data.choice, mean, std)
-  validated = heads.validate(
-    plain, params, choice, data.choice_rows, multi_label
-  )
-  best = max(range(len(settings)), key=lambda i: validated[i])
+  loss = heads.validate(plain, params, choice, data.choice_rows, multi_label)
+  best = int(np.argmin(loss))
   params = jax.tree.map(lambda x: x[best : best + 1], params)
   scores = _all_logits(plain, params, choice, data.choice_rows)
   quality = _quality(
@@ -354,7 +353,7 @@ def _probe_head(model: DualFormer, data: Data, seed: int) -> Probe:
       data.test.labels,
       multi_label,
     ),
-    -validated[best][1],
+    float(loss[best]),
     logits,
     jax.tree.map(lambda x: x[0], params),
   )
