@@ -288,8 +288,9 @@ def _write(
       _write_array(file, whole.pop('tokens'))
   with files.output_file(path) as file:  # last, as it completes the file
     names = {'video_ids': ids, 'failed': [x for pair in failed for x in pair]}
-    texts = {name: np.array(x, np.str_) for name, x in names.items()}
-    np.savez(file, **whole, **texts)
+    for name, texts in names.items():
+      whole[name] = np.array(texts, np.str_)
+    np.savez(file, **whole)  # pyright: ignore[reportArgumentType]
 
 
 def _write_array(file: IO[bytes], array: np.ndarray) -> None:

@@ -192,7 +192,7 @@ def _load(
   classes, count = train.class_names, len(train)
   if len(classes) < 2:
     raise UserError(
-      f'{train.folder} has one class, {classes[0]!r}; expected at least two'
+      f'{train.folder} has {len(classes)} class; expected at least two'
     )
   if count < len(classes):
     raise UserError(

@@ -62,7 +62,7 @@ def test_attentive_head_agrees_with_numpy():
   params = {'params': {'cls_head': variables['params']}}
   weights = pytorch_names.to_pytorch(params)
   found: Any = head.apply(variables, tokens)
-  expected = scores(weights, np.float64(tokens))
+  expected = scores(weights, np.asarray(tokens, np.float64))
   assert np.ptp(expected, axis=0).min() > 0.1  # depends on the tokens
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_attentive_head_agrees_with_numpy():
   each = tokens.reshape(-1, 1, CHANNELS)
   np.testing.assert_allclose(
     np.reshape(alone, (-1, CLASSES)),
-    scores(weights, np.float64(each)),
+    scores(weights, np.asarray(each, np.float64)),
     rtol=1e-4,
     atol=1e-4,
   )
