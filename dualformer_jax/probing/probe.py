@@ -164,23 +164,18 @@ def probe(
   )
 
 
-def _load(
-  config: setup.Config,
-  model: DualFormer,
-  variables: Any,
-  folder: pathlib.Path,
-  views: int,
-  with_tokens: bool,
-) -> tuple[Data, PreparedDataset]:
-  """Opens and checks the splits, and computes their features."""
+def _open(config: setup.Config) -> dict[str, PreparedDataset]:
+  """Opens and checks the splits.
+
+  There is no 'validation' if that is also what is tested on.
+  """
   dataset = config.dataset
-  held_out = dataset.validation_split == dataset.test_split
   names = {
     'train': dataset.train_split,
     'validation': dataset.validation_split,
     'test': dataset.test_split,
   }
-  if held_out:
+  if names['validation'] == names['test']:
     del names['validation']
   if len(set(names.values())) < len(names):
     raise UserError(
@@ -199,6 +194,21 @@ def _load(
       f'{train.folder}: split {train.split!r} has {count} videos of '
       f'{len(classes)} classes; expected at least one of each'
     )
+  return splits
+
+
+def _load(
+  config: setup.Config,
+  model: DualFormer,
+  variables: Any,
+  folder: pathlib.Path,
+  views: int,
+  with_tokens: bool,
+) -> tuple[Data, PreparedDataset]:
+  """Returns the features of all splits, and the videos of the test."""
+  dataset = config.dataset
+  splits = _open(config)
+  train = splits['train']
   for name in ('validation', 'test'):
     if name in splits:
       guards.warn_of_near_duplicates(train, splits[name], name)
@@ -241,7 +251,7 @@ def _load(
   rows = all_rows = np.arange(len(found['train'].labels))
   choice = found.get('validation', found['train'])
   choice_rows = np.arange(len(choice.labels))
-  if held_out:
+  if 'validation' not in splits:
     rows, choice_rows = _hold_out(found['train'].labels, config.seed)
     if not len(choice_rows):
       raise UserError(
@@ -250,7 +260,9 @@ def _load(
         'class, or another config.dataset.validation_split'
       )
     _LOG.info(
-      'held out %d of %d training videos, to choose by', len(choice_rows), count
+      'held out %d of %d training videos, to choose by',
+      len(choice_rows),
+      len(all_rows),
     )
   data = Data(
     found['train'],
@@ -259,7 +271,7 @@ def _load(
     choice_rows,
     all_rows,
     found['test'],
-    classes,
+    train.class_names,
     dataset.multi_label,
   )
   return data, splits['test']
