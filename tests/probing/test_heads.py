@@ -93,7 +93,8 @@ def test_linear_head_reaches_the_optimum_that_scipy_finds():
   def objective(weights: np.ndarray, decay: float) -> float:
     kernel, bias = np.split(weights.reshape(-1, 3), [CHANNELS])
     logits = x @ kernel + bias
-    chosen = logits[rows, labels] - special.logsumexp(logits, axis=1)
+    total: Any = special.logsumexp(logits, axis=1)
+    chosen = logits[rows, labels] - total
     return float(decay / 2 * np.sum(kernel**2) - np.mean(chosen))
 
   for index, decay in enumerate(decays):
@@ -120,10 +121,10 @@ def test_logits_and_cross_entropy_are_those_of_every_view(monkeypatch):
   losses = []
   for setting in range(2):
     one = jax.tree.map(lambda p, i=setting: p[i], params)
-    probabilities = 0
+    probabilities = np.zeros((20, 3))
     for view in range(2):
       x = jnp.asarray(tokens[rows, view], np.float32)
-      expected = head.apply({'params': one}, x)
+      expected: Any = head.apply({'params': one}, x)
       np.testing.assert_allclose(found[setting, :, view], expected, atol=1e-4)
       probabilities = probabilities + special.softmax(expected, axis=1) / 2
     chosen = probabilities[np.arange(20), inputs.features.labels[rows]]
