@@ -41,8 +41,9 @@ GRIDS: dict[str, tuple[Setting, ...]] = {
 _BATCH_SIZE = 128  # views
 _MIN_STEPS, _MIN_EPOCHS = 400, 20
 _WARMUP = 0.05  # share of the steps
-# Forgets gradients soon, so that 400 steps reach the optimum of linear heads.
-_ADAM = optax.scale_by_adam(b2=0.95)
+_ADAM = optax.scale_by_adam()
+# Forgets gradients soon, so that 400 steps reach the optimum.
+_LINEAR_ADAM = optax.scale_by_adam(b2=0.95)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +87,11 @@ def _train_step(
   For others it is decoupled, as in AdamW. The learning rates are multiplied by
   `factor`.
   """
-  is_decoupled = not isinstance(head, ClassificationHead)
+  is_linear = isinstance(head, ClassificationHead)
 
   def loss(params: Any) -> Array:
-    logits: Any = head.apply({'params': params}, x)
-    return losses.cross_entropy(logits, y, multi_label=multi_label)
+    scores: Any = head.apply({'params': params}, x)
+    return losses.cross_entropy(scores, y, multi_label=multi_label)
 
   def update(state: Any, setting: Array) -> Any:
     params, moments = state
@@ -102,10 +103,10 @@ def _train_step(
       )
 
     gradients = jax.grad(loss)(params)
-    if not is_decoupled:
-      gradients = add_decay(gradients)
-    updates, moments = _ADAM.update(gradients, moments)
-    if is_decoupled:
+    if is_linear:
+      updates, moments = _LINEAR_ADAM.update(add_decay(gradients), moments)
+    else:
+      updates, moments = _ADAM.update(gradients, moments)
       updates = add_decay(updates)
     params = jax.tree.map(lambda p, u: p - factor * rate * u, params, updates)
     return params, moments
@@ -155,7 +156,7 @@ def fit(
   )
   table = jnp.asarray(settings, jnp.float32)
   order = _batches(rng, rows, batch_size)
-  name = f'Training {len(settings)} {inputs.kind} heads'
+  name = f'Training {inputs.kind} heads, {len(settings)} at once'
   with Progress(name, steps, 'steps') as progress:
     for step in range(steps):
       batch = next(order)

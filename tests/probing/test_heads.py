@@ -40,9 +40,7 @@ def train_alone(kind: str, x: Any, y: Any, rate: float, decay: float) -> Any:
       optax.adam(schedule, b2=0.95),
     )
   else:
-    optimizer = optax.adamw(
-      schedule, b2=0.95, weight_decay=decay, mask=is_kernel
-    )
+    optimizer = optax.adamw(schedule, weight_decay=decay, mask=is_kernel)
   params = HEADS[kind].init(jax.random.key(3), x)['params']
   state = optimizer.init(params)
 
