@@ -58,6 +58,7 @@ def train_alone(kind: str, x: Any, y: Any, rate: float, decay: float) -> Any:
   return params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', HEADS)
 def test_heads_trained_together_equal_heads_trained_alone(kind):
   inputs = make_inputs(kind, 30, 3, files=4)
