@@ -23,6 +23,7 @@ def get_config() -> config_dict.ConfigDict:
         'fine_sizes': ((8, 7, 7), (8, 7, 7), (8, 7, 7), (16, 7, 7)),
         'coarse_sizes': ((4, 4, 4), (4, 4, 4), None, None),
         'drop_path_rate': 0.1,
+        'head': 'linear',  # or 'attentive': pools by cross-attention
         'head_dropout': 0.5,
         'token_label': False,
         'remat': 'elementwise',  # or 'none', 'block'

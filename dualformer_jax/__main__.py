@@ -9,6 +9,7 @@ COMMANDS = (
   'main',
   'convert',
   'predict',
+  'probe',
   'gradcam',
   'export',
   'demo',

@@ -30,8 +30,8 @@ _ROWS = {
   r'.*\.(running_mean|running_var|num_batches_tracked)': 'BatchNorm statistics',
   r'backbone\.(?:patch_embeds|blocks|pos_block)\.(\d+)\..*': r'stage \1',
   r'backbone\.norm\..*': 'last norm',
-  r'cls_head\.fc_cls\..*': 'head',
   r'cls_head\.token_linear\..*': 'token-label head',
+  r'cls_head\..*': 'head',
 }
 
 
@@ -46,11 +46,11 @@ def pth_to_folder(
 ) -> str:
   """Converts a .pth or .safetensors file to a folder; returns a summary.
 
-  The file determines model.token_label of the config, and model.num_classes if
-  that is 0. Class names are read from the text file `class_names`, or else from
-  the config's dataset if it is prepared. If `inflate`, the file must hold an
-  image model, which becomes a video model with a new head. If `ema`, averages
-  of the weights are chosen.
+  The file determines model.token_label and model.head of the config, and
+  model.num_classes if that is 0. Class names are read from the text file
+  `class_names`, or else from the config's dataset if it is prepared. If
+  `inflate`, the file must hold an image model, which becomes a video model with
+  a new head. If `ema`, averages of the weights are chosen.
 
   Raises:
     UserError: the file is damaged, malicious or does not fit the config, or
@@ -78,6 +78,8 @@ def pth_to_folder(
   fields = {**config.model.to_dict(), 'num_classes': len(names)}
   if not inflate:
     fields['token_label'] = pytorch_names.has_token_head(state_dict)
+    is_attentive = pytorch_names.has_attentive_head(state_dict)
+    fields['head'] = 'attentive' if is_attentive else 'linear'
   model = DualFormer(**fields)
   shapes = checkpoint.variable_shapes(model, 'config.model')
   origins: list[str] = []

@@ -100,11 +100,14 @@ def model_differences(
   """Lists the fields by which a model differs from that of a checkpoint.
 
   Fields that do not change the parameters may differ, and those in `allowed`.
+  Fields that the checkpoint lacks, as it is older than they are, have their
+  default.
   """
+  model = saved.build_model()
   return [
-    f'model.{name} is {value}, in the checkpoint {saved.model.get(name)}'
+    f'model.{name} is {value}, in the checkpoint {getattr(model, name)}'
     for name, value in fields.items()
-    if name not in _FREE_FIELDS + allowed and value != saved.model.get(name)
+    if name not in _FREE_FIELDS + allowed and value != getattr(model, name)
   ]
 
 

@@ -25,6 +25,7 @@ _ARRAYS = {
   'mean': 'running_mean',
   'var': 'running_var',
   'num_batches_tracked': 'num_batches_tracked',
+  'query': 'query',
 }
 # End of a Flax path (regex) -> axes in Flax and in PyTorch; the first match is
 # used. n: attention heads; e: channels of a head; c: 2 projections (key, value)
@@ -38,20 +39,25 @@ _LAYOUTS = {
   r'attn/q/bias': 'n e -> (n e)',
   r'attn/proj/kernel': 'n e o -> o (n e)',
   r'(mlp/fc[12]|fc_cls|token_linear_[036])/kernel': 'i o -> o i',
-  r'scale|bias|mean|var': 'o -> o',
+  r'scale|bias|mean|var|query': 'o -> o',
   r'num_batches_tracked': '->',
 }
 # The parts of PyTorch names, in the order of a state_dict.
 _ORDER = (
-  ' backbone cls_head patch_embeds blocks attn qkv q kv proj sr norm lr norm1 '
-  'norm2 mlp fc1 fc2 pos_block fc_cls token_linear weight bias running_mean '
-  'running_var num_batches_tracked '
+  ' backbone cls_head patch_embeds blocks attn query qkv q kv proj sr norm lr '
+  'norm1 norm2 mlp fc1 fc2 pos_block fc_cls token_linear weight bias '
+  'running_mean running_var num_batches_tracked '
 )
 
 
 def has_token_head(state_dict: Mapping[str, np.ndarray]) -> bool:
   """Returns whether a PyTorch state_dict has a token-label head."""
   return 'cls_head.token_linear.0.weight' in state_dict
+
+
+def has_attentive_head(state_dict: Mapping[str, np.ndarray]) -> bool:
+  """Returns whether a PyTorch state_dict has an attentive head."""
+  return 'cls_head.attn.query' in state_dict
 
 
 def num_classes(state_dict: Mapping[str, np.ndarray]) -> int | None:

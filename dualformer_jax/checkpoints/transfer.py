@@ -34,8 +34,8 @@ _SUFFIXES = ('.pth', '.safetensors')
 _LOG = logging.getLogger(__name__)
 
 # Fields of the model that may differ.
-_ADAPTED_FIELDS = ('num_classes', 'token_label', 'num_frames', 'image_size')
-_ADAPTED_FIELDS += ('window', 'fine_sizes', 'coarse_sizes')
+_ADAPTED_FIELDS = ('num_classes', 'head', 'token_label', 'num_frames')
+_ADAPTED_FIELDS += ('image_size', 'window', 'fine_sizes', 'coarse_sizes')
 # Parameters that depend on the pyramid of global attention, ...
 _PYRAMID = re.compile(r'.*\.attn\.(sr|lr\.[013]|norm)\.\w+')
 _PYRAMID_KERNEL = re.compile(r'.*\.attn\.(sr|lr\.[03])\.weight')
@@ -132,11 +132,13 @@ def initialize(
   """Initializes variables from a pretrained model.
 
   The new variables have the same shardings. The head is reinitialized if the
-  classes differ; for a .pth file, if their number differs. `check` verifies
-  before that the models fit.
+  classes or the kind of head differ; for a .pth file, if the number of classes
+  differs. `check` verifies before that the models fit.
   """
-  keep_head = source.metadata is None or (
-    source.metadata.class_names == model.class_names
+  found = source.metadata
+  keep_head = found is None or (
+    found.class_names == model.class_names
+    and found.build_model().head == model.build_model().head
   )
   gathered: Any = dict(variables)
   if jax.process_count() > 1:  # each host holds a part

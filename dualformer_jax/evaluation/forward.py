@@ -42,6 +42,17 @@ def view_logits(
     output: Any = model.apply(variables, normalize(clips))
     return output.logits
 
+  return map_views(score, views)
+
+
+def map_views(
+  function: Callable[[UInt8[Array, 'b t h w 3']], Any],
+  views: UInt8[Array, 'b v t h w 3'],
+) -> Any:
+  """Applies a function of a batch of clips to each view of each video.
+
+  The arrays that it returns get the axes [b, v] in place of [b].
+  """
   # As many views at a time as an accelerator needs to be busy, within the
   # memory of a training batch. A CPU is busy with one.
   batch, count = views.shape[:2]
@@ -50,8 +61,10 @@ def view_logits(
     limit = max(1, _VIEWS_PER_DEVICE * device_count() // batch)
   group = max(n for n in range(1, count + 1) if count % n == 0 and n <= limit)
   groups = rearrange(views, 'b (i v) t h w c -> i (b v) t h w c', v=group)
-  logits = jax.lax.map(score, groups)
-  return rearrange(logits, 'i (b v) k -> b (i v) k', v=group)
+  return jax.tree.map(
+    lambda x: rearrange(x, 'i (b v) ... -> b (i v) ...', v=group),
+    jax.lax.map(function, groups),
+  )
 
 
 @functools.cache  # so that validation and test share what is compiled

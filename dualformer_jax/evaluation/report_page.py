@@ -64,7 +64,7 @@ def render(
   folder = importlib.resources.files('dualformer_jax.evaluation')
   template = (folder / 'report.html.j2').read_text('utf-8')
   return environment.from_string(template).render(
-    report={'comparison': None, 'most_confused': [], **report},
+    report={'comparison': None, 'probes': [], 'most_confused': [], **report},
     charts=charts,
     curves=curves,
     mistakes=mistakes,

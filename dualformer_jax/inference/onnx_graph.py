@@ -45,8 +45,12 @@ def build(
   mean, std = (np.array(v, np.float32) for v in (p.pixel_mean, p.pixel_std))
   x = g.add('Div', g.add('Sub', x, mean), std)
   x = _backbone(g.scope('backbone'), x, model)
-  x = g.add('ReduceMean', x, np.array([1, 2, 3]), keepdims=0)
-  x = _linear(g.scope('cls_head/fc_cls'), x, model.num_classes)
+  head = g.scope('cls_head')
+  if model.head == 'attentive':
+    x = _attentive_pool(head, x, model)
+  else:
+    x = g.add('ReduceMean', x, np.array([1, 2, 3]), keepdims=0)
+  x = _linear(head.scope('fc_cls'), x, model.num_classes)
   if multi_label:
     g.add('Sigmoid', x, output='probabilities')
   else:
@@ -174,13 +178,32 @@ def _backbone(g: _Graph, x: str, model: DualFormer) -> str:
           block.scope('attn'), y, (*size, channels), heads, len(kernels)
         )
       x = g.add('Add', x, y)
-      y = _layer_norm(block.scope('norm2'), x)
-      y = block.add('Gelu', _linear(block.scope('mlp/fc1'), y, 4 * channels))
-      x = g.add('Add', x, _linear(block.scope('mlp/fc2'), y, channels))
+      x = _mlp(block, x, channels)
       if index == 0:
         scope = g.scope(f'pos_block_{stage}/proj_0')
         x = g.add('Add', x, _depthwise(scope, x))
   return _layer_norm(g.scope('norm'), x)
+
+
+def _attentive_pool(g: _Graph, x: str, model: DualFormer) -> str:
+  length, channels = math.prod(model.token_grid()), model.embed_dims[-1]
+  attention = g.scope('attn')
+  ones = np.ones(channels, np.float32)
+  x = g.reshape(x, length, channels)
+  x = g.add('LayerNormalization', x, ones, 0 * ones, axis=-1, epsilon=EPSILON)
+  query = g.add('Identity', attention.weight('query')[None, None])
+  names = [('q', None), ('kv', 0), ('kv', 1)]
+  x = _attention(
+    attention, query, x, names, (1, length), channels, model.num_heads[-1]
+  )
+  x = _mlp(g, g.add('Add', x, query), channels)
+  return g.add('Squeeze', x, np.array([1]))
+
+
+def _mlp(g: _Graph, x: str, channels: int) -> str:
+  y = _layer_norm(g.scope('norm2'), x)
+  y = g.add('Gelu', _linear(g.scope('mlp/fc1'), y, 4 * channels))
+  return g.add('Add', x, _linear(g.scope('mlp/fc2'), y, channels))
 
 
 def _linear(g: _Graph, x: str, outputs: int, index: int | None = None) -> str:

@@ -7,7 +7,7 @@ threads, nor on interruptions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import itertools
 from typing import Any
@@ -234,6 +234,9 @@ class EvalLoader:
       are read ahead.
     short_side: size of the frames' short side before cropping; `image_size` by
       default.
+    videos: the videos to read, all by default.
+    cut_views: returns the views of a video, given its content and its index;
+      transforms.eval_views by default.
   """
 
   dataset: PreparedDataset
@@ -241,6 +244,8 @@ class EvalLoader:
   host_batch: HostBatch
   num_threads: int = 16
   short_side: int | None = None
+  videos: range | None = None
+  cut_views: Callable[[bytes, int], np.ndarray] | None = None
 
   def __post_init__(self):
     if self.num_threads < 1:
@@ -250,7 +255,11 @@ class EvalLoader:
     cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
 
   def __len__(self) -> int:
-    return -(-len(self.dataset) // self.host_batch.global_size)
+    return -(-len(self._videos) // self.host_batch.global_size)
+
+  @property
+  def _videos(self) -> range:
+    return range(len(self.dataset)) if self.videos is None else self.videos
 
   def __iter__(self) -> Iterator[Batch]:
     options = grain.ReadOptions(
@@ -269,15 +278,19 @@ class EvalLoader:
     """Returns this host's n-th video; an empty row after the last one."""
     video = _EvalVideo()
     position = self.host_batch.position(index)
-    if position >= len(self.dataset):
+    if position >= len(self._videos):
       return video
+    position = self._videos[position]
     video.video_id = f'record {position}'
     try:
       example = self.dataset[position]
       video.video_id, video.label = example.video_id, example.label
-      video.views = transforms.eval_views(
-        example.video, self.preprocessing, short_side=self.short_side
-      )
+      if self.cut_views is not None:
+        video.views = self.cut_views(example.video, position)
+      else:
+        video.views = transforms.eval_views(
+          example.video, self.preprocessing, short_side=self.short_side
+        )
     except VIDEO_FAILURES as error:
       video.failure = errors.error_reason(error)
     return video

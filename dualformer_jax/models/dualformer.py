@@ -16,7 +16,11 @@ from dualformer_jax.models.attention import (
   GlobalPyramidAttention,
   LocalWindowAttention,
 )
-from dualformer_jax.models.heads import ClassificationHead, TokenLabelHead
+from dualformer_jax.models.heads import (
+  AttentiveHead,
+  ClassificationHead,
+  TokenLabelHead,
+)
 from dualformer_jax.models.layers import (
   LayerNorm,
   Mlp,
@@ -207,9 +211,9 @@ class Backbone(nn.Module):
 class Output:
   """The output for a batch of clips, in float32.
 
-  `features`, the mean over tokens, are the input of the head. `token_logits`
-  are from the token head or, without one, from the classifier; None if they
-  were not requested.
+  `features`, the mean over tokens, are the input of the linear head.
+  `token_logits` are from the token head or, without one, from the classifier;
+  None if they were not requested.
   """
 
   logits: Float[Array, 'b k']
@@ -235,6 +239,8 @@ class DualFormer(nn.Module):
     fine_sizes: fine level of the pyramid of each stage.
     coarse_sizes: coarse level of each stage, None without one.
     drop_path_rate: rate of the last block; it rises linearly from 0.
+    head: 'linear' scores the mean of the tokens, 'attentive' pools them by
+      cross-attention.
     head_dropout: probability of dropping a channel before the classifier.
     token_label: whether the head also scores each token.
     remat: what the backward pass recomputes; see Block.
@@ -255,6 +261,7 @@ class DualFormer(nn.Module):
   fine_sizes: tuple[Size, ...] = ((8, 7, 7), (8, 7, 7), (8, 7, 7), (16, 7, 7))
   coarse_sizes: tuple[Size | None, ...] = ((4, 4, 4), (4, 4, 4), None, None)
   drop_path_rate: float = 0.0
+  head: str = 'linear'
   head_dropout: float = 0.5
   token_label: bool = False
   remat: str = 'elementwise'
@@ -283,11 +290,14 @@ class DualFormer(nn.Module):
     check('num_frames', self.num_frames >= 2, 'at least 2')
     check('image_size', self.image_size >= smallest, f'at least {smallest}')
     for name, values in (
+      ('head', ('linear', 'attentive')),
       ('remat', REMAT_MODES),
       ('dtype', ('float32', 'bfloat16')),
       ('kernels', ('auto', 'experimental', 'reference')),
     ):
       check(name, getattr(self, name) in values, f'one of {values}')
+    if self.token_label:
+      check('head', self.head == 'linear', "'linear' with model.token_label")
 
   @nn.compact
   def __call__(
@@ -304,8 +314,24 @@ class DualFormer(nn.Module):
         f'{", ".join(map(str, expected))}] for this model: set '
         'model.num_frames and model.image_size, or sample and crop to these'
       )
-    compute = Compute(self.dtype, self.kernels)
-    tokens = Backbone(
+    tokens = self.make_backbone(name='backbone')(
+      clips.astype(self.dtype), train
+    )
+    features = jnp.mean(tokens, axis=(1, 2, 3), dtype=jnp.float32)
+    head = self.make_head(name='cls_head')
+    if isinstance(head, AttentiveHead):
+      logits = head(tokens.reshape(len(tokens), -1, tokens.shape[-1]), train)
+    else:
+      logits = head(features, train)
+    token_logits = None
+    if self.token_label or score_tokens:
+      token_logits = head.token_logits(tokens, train)
+    return Output(logits, features, token_logits)
+
+  @nn.nowrap
+  def make_backbone(self, name: str | None = None) -> Backbone:
+    """Returns the backbone, which maps clips in `dtype` to tokens."""
+    return Backbone(
       self.depths,
       self.embed_dims,
       self.num_heads,
@@ -314,17 +340,21 @@ class DualFormer(nn.Module):
       self.coarse_sizes,
       self.drop_path_rate,
       self.remat,
-      compute,
-      name='backbone',
-    )(clips.astype(self.dtype), train)
-    features = jnp.mean(tokens, axis=(1, 2, 3), dtype=jnp.float32)
-    head_class = TokenLabelHead if self.token_label else ClassificationHead
+      Compute(self.dtype, self.kernels),
+      name=name,
+    )
+
+  @nn.nowrap
+  def make_head(
+    self, name: str | None = None
+  ) -> ClassificationHead | AttentiveHead:
+    """Returns the head, which maps tokens or their mean to class scores."""
     size = self.num_classes, self.embed_dims[-1]
-    head = head_class(*size, self.head_dropout, compute, name='cls_head')
-    logits, token_logits = head(features, train), None
-    if self.token_label or score_tokens:
-      token_logits = head.token_logits(tokens, train)
-    return Output(logits, features, token_logits)
+    rest = self.head_dropout, Compute(self.dtype, self.kernels)
+    if self.head == 'attentive':
+      return AttentiveHead(*size, self.num_heads[-1], *rest, name=name)
+    head_class = TokenLabelHead if self.token_label else ClassificationHead
+    return head_class(*size, *rest, name=name)
 
   def input_shape(self) -> tuple[int, int, int, int, int]:
     """Returns the shape of a batch of one clip."""

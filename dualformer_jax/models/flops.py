@@ -24,6 +24,8 @@ TOKEN_HEAD = 'token-label head'
 
 # Parameter path (regex) -> part of the model; the first match counts.
 _PARTS = {
+  r'token_linear': TOKEN_HEAD,
+  r'cls_head': 'head',
   r'patch_embeds': 'patch embedding',
   r'pos_block': 'positional convolution',
   r'blocks_\d+_\d*[02468]/attn': 'local attention',
@@ -31,8 +33,6 @@ _PARTS = {
   r'mlp': 'MLPs',
   r'norm[12]': 'norms',
   r'norm': 'last norm',
-  r'token_linear': TOKEN_HEAD,
-  r'cls_head': 'head',
 }
 
 

@@ -1,6 +1,7 @@
 """Testing: scores the test split with all views, and writes the report."""
 
 import copy
+import dataclasses
 import datetime
 import logging
 import os
@@ -17,6 +18,8 @@ from dualformer_jax.evaluation import forward, metrics, scoring
 from dualformer_jax.evaluation import report as reports
 from dualformer_jax.evaluation import result as results
 from dualformer_jax.files import check_writable
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models import flops
 from dualformer_jax.training import config_check, setup
 from dualformer_jax.training.logging import MetricWriter, format_metrics
@@ -35,6 +38,22 @@ def make_scorer(
     clips_per_batch=config.batch_size,
     num_threads=config.dataset.num_threads,
   )
+
+
+def adapt_config(
+  config: setup.Config, metadata: checkpoint.CheckpointMetadata
+) -> setup.Config:
+  """Returns a copy with the model and the preprocessing of a checkpoint."""
+  config, saved = copy.deepcopy(config), metadata.preprocessing
+  with config.unlocked():
+    config.model.update(metadata.model)
+  config.dataset.update(
+    frame_interval=saved.frame_interval,
+    sampling=saved.sampling,
+    pixel_mean=saved.pixel_mean,
+    pixel_std=saved.pixel_std,
+  )
+  return config
 
 
 def find_checkpoint(
@@ -96,16 +115,7 @@ def test(
   variables, metadata = setup.load_model(folder, data)
   # Read before the videos are scored, which can take hours.
   other = results.read(compare, data.class_names) if compare else None
-  saved = metadata.preprocessing
-  config = copy.deepcopy(config)
-  with config.unlocked():
-    config.model.update(metadata.model)
-  config.dataset.update(
-    frame_interval=saved.frame_interval,
-    sampling=saved.sampling,
-    pixel_mean=saved.pixel_mean,
-    pixel_std=saved.pixel_std,
-  )
+  config = adapt_config(config, metadata)
   sha256 = checkpoint.variables_hash(variables)
   mesh = sharding.make_mesh(config.mesh.to_dict(), config.batch_size)
   jax.set_mesh(mesh)
@@ -114,8 +124,6 @@ def test(
     variables, sharding.tree_shardings(variables, mesh)
   )
   p = setup.make_preprocessing(config, config.test)
-  views = {'num_clips': p.num_clips, 'num_crops': p.num_crops}
-  in_words = setup.describe_views(p, p.image_size)
   kind = 'best' if folder.parent.name == checkpoint.BEST else 'latest'
   _LOG.info(
     'testing the %s checkpoint, %s, on %d videos', kind, folder, len(data)
@@ -123,6 +131,52 @@ def test(
   scorer = make_scorer(config, model, mesh)
   scores = scoring.score_split(scorer, variables, data, p)
   assert scores is not None
+  tested = Tested(config, model, p, data, folder, kind, sha256, metadata.step)
+  return write_report(
+    tested, scores, workdir, start, other, writer, recipe=recipe
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class Tested:
+  """What was tested: a model with its config, its views and the videos.
+
+  `folder` is that of the checkpoint, `kind` is which of its run, such as
+  'best', and `sha256` is the hash of its variables.
+  """
+
+  config: setup.Config
+  model: Any
+  preprocessing: Preprocessing
+  data: PreparedDataset
+  folder: pathlib.Path
+  kind: str
+  sha256: str
+  step: int = 0
+
+
+def write_report(
+  tested: Tested,
+  scores: scoring.Scores,
+  workdir: pathlib.Path,
+  start: float,
+  other: results.Result | None = None,
+  writer: MetricWriter | None = None,
+  **more: Any,
+) -> dict[str, Any]:
+  """Writes report.json, report.html and views.npz, and returns the report.
+
+  Args:
+    tested: What was tested.
+    scores: The scores of the videos.
+    workdir: Folder of the report.
+    start: When the run began, by time.monotonic.
+    other: Result of another test, to compare with. If it is of other videos,
+      UserError is raised after the report is written.
+    writer: Where to write the scores and, for trackers, the report.
+    **more: More fields of the report.
+  """
+  config, p, data = tested.config, tested.preprocessing, tested.data
   result = results.Result(
     scores.logits,
     scores.labels,
@@ -134,23 +188,22 @@ def test(
   summary = metrics.summary(
     result.probabilities(), scores.labels, config.dataset.multi_label
   )
-  rows = flops.count(model)
+  rows = flops.count(tested.model)
   multiply_adds = sum(
     row.multiply_adds for row in rows if row.part != flops.TOKEN_HEAD
   )
   report = {
-    'recipe': recipe,
     **summary,
     'num_videos': len(scores.labels),
     'failed_videos': [
       {'video': video, 'reason': reason} for video, reason in scores.failed
     ],
-    'views': views,
+    'views': {'num_clips': p.num_clips, 'num_crops': p.num_crops},
     **reports.details(result, multiply_adds / 1e9),
-    'checkpoint': str(folder),
-    'checkpoint_kind': kind,
-    'checkpoint_sha256': sha256,
-    'training': _training_record(folder),
+    'checkpoint': str(tested.folder),
+    'checkpoint_kind': tested.kind,
+    'checkpoint_sha256': tested.sha256,
+    'training': _training_record(tested.folder),
     'dataset': {
       'folder': str(data.folder),
       'split': data.split,
@@ -162,6 +215,7 @@ def test(
       'finished': datetime.datetime.now(datetime.UTC).isoformat('T', 'seconds'),
       'seconds': round(time.monotonic() - start, 1),
     },
+    **more,
   }
   mismatch = None
   if other is not None:
@@ -174,13 +228,13 @@ def test(
     figures = {n: v for n, v in report.items() if isinstance(v, float)}
     mistakes = reports.write(workdir, report, result, data, scores.indices)
     if writer is not None:
-      writer.write(metadata.step, 'test', figures)
-      writer.write_report(metadata.step, mistakes)
+      writer.write(tested.step, 'test', figures)
+      writer.write_report(tested.step, mistakes)
     _LOG.info(
       'test of the %s checkpoint: %s  (%s) on %d videos, %d failed; report: %s',
-      kind,
+      tested.kind,
       format_metrics(figures),
-      in_words,
+      setup.describe_views(p, p.image_size),
       len(scores.labels),
       len(scores.failed),
       workdir / 'report.json',

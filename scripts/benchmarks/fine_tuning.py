@@ -51,16 +51,18 @@ def define_flags() -> None:
   flags.DEFINE_list('seeds', '0,1,2', 'Seeds of the runs.')
 
 
-def render(folder: pathlib.Path) -> None:
+def render(
+  folder: pathlib.Path, videos: dict[str, int] = VIDEOS, seed: int = 7
+) -> None:
   """Writes FOLDER/SPLIT/CLASS/NUMBER.mp4, unless they exist."""
   from data.motion import motion_dataset_builder as motion
 
   done = folder / 'done'
   if done.exists():
     return
-  for number, (split, count) in enumerate(VIDEOS.items()):
+  for number, (split, count) in enumerate(videos.items()):
     for index in range(count):
-      rng = np.random.default_rng((7, number, index))
+      rng = np.random.default_rng((seed, number, index))
       scene = motion.draw_scene(rng)
       first, second = CLASSES[index % len(CLASSES)]
       label = motion.CLASSES.index(second)

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax.checkpoints import checkpoint, metadata
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
@@ -392,6 +392,16 @@ def test_invalid_metadata_fields_raise(copy, changes, expected):
 def test_metadata_of_another_model_raises(copy, changes, expected):
   _change_metadata(copy, lambda fields: fields['model'].update(changes))
   _assert_raises(copy, expected)
+
+
+def test_fields_that_an_older_checkpoint_lacks_have_their_default(tmp_path):
+  older = make_metadata()
+  assert 'head' not in older.model
+  wanted = make_metadata(model={**FIELDS, 'head': 'linear'})
+  metadata.check_same_model(wanted, older, tmp_path)
+  other = make_metadata(model={**FIELDS, 'head': 'attentive'})
+  with pytest.raises(UserError, match='attentive, in the checkpoint linear'):
+    metadata.check_same_model(other, older, tmp_path)
 
 
 def _change_metadata(folder: pathlib.Path, change) -> None:

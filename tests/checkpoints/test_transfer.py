@@ -230,6 +230,18 @@ def test_other_classes_reinitialize_the_head(tmp_path):
     ]
 
 
+def test_another_kind_of_head_reinitializes_the_head(tmp_path):
+  source = transfer.read(small_checkpoint.save(tmp_path / 'folder'))
+  state, new, result = start(source, describe(head='attentive'))
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    new['params']['cls_head'],
+    state.params['cls_head'],
+  )
+  assert 'cls_head.attn.query' in result.names['reinitialized']
+  assert all(name.startswith('cls') for name in result.names['reinitialized'])
+
+
 @pytest.mark.slow
 def test_other_frames_and_sizes_change_no_other_parameters(tmp_path):
   source = transfer.read(small_checkpoint.save(tmp_path / 'folder'))

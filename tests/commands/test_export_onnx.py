@@ -85,8 +85,10 @@ def test_graph_agrees_with_jax_for_any_number_of_views(recognizer, path):
 
 
 @pytest.mark.slow
-def test_stages_without_pooling_and_sigmoid_agree_with_jax(tmp_path):
+@pytest.mark.parametrize('head', ['linear', 'attentive'])
+def test_unusual_models_agree_with_jax(tmp_path, head):
   fields: dict[str, Any] = {
+    'head': head,
     'depths': (2, 2),
     'embed_dims': (16, 24),
     'num_heads': (2, 3),

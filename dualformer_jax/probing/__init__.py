@@ -1,0 +1,1 @@
+"""Probes: heads that are trained on the stored features of a frozen model."""
