@@ -257,8 +257,8 @@ class VideoContainer:
     Raises:
       VideoError: see decode; or a range is given and pictures have no times.
     """
-    # Times are integers until they are differences: those of floats would differ
-    # from the times that users give, such as 0.4.
+    # Integers are subtracted: differences of floats would not be exactly those
+    # times that users give, such as 0.4.
     base = self.stream.time_base or fractions.Fraction(1)
     first = None
     # These formats seek to a keyframe at or before the time. Others may not, or
