@@ -177,7 +177,8 @@ def unpickle(
       case 'BINPERSID':
         storage = _storage(stack.pop())
         if storages is not None:
-          _require(type(storage) is Storage, 'refers to an unknown storage')
+          if not isinstance(storage, Storage):  # its size is unknown
+            raise UserError('its pickle refers to an unknown kind of storage')
           storages[storage.key] = storage
         stack.append(storage)
       case 'REDUCE' | 'NEWOBJ':
