@@ -5,6 +5,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import IO, Any
@@ -14,6 +15,9 @@ from dualformer_jax.errors import UserError
 
 # A full disk or quota, a read-only file system, no permission.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+
+# A URL that was made a path, in which // is /.
+_URL = re.compile(r'(?:.*/)?(gs|s3|hf|https?|file):/(.*)', re.IGNORECASE)
 
 _unfinished: set[pathlib.Path] = set()
 
@@ -100,6 +104,11 @@ def check_writable(path: pathlib.Path, num_bytes: int = 0) -> None:
 
   Tries it with an unnamed temporary file in the nearest folder that exists.
   """
+  if url := _URL.fullmatch(str(path)):
+    raise UserError(
+      f'{url[1]}://{url[2]} cannot be written: it is a URL; expected a path on'
+      ' this machine'
+    )
   parent = next(f for f in path.absolute().parents if f.exists())
   if not parent.is_dir():
     raise UserError(f'{path} cannot be written: {parent} is not a folder')

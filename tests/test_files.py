@@ -65,6 +65,16 @@ def test_refused_probe_names_path_and_cause(tmp_path, monkeypatch, code):
   assert str(error.value) == f'{path} cannot be written: {os.strerror(code)}'
 
 
+@pytest.mark.parametrize('url', ['gs://b/run', 's3://b/a/run', 'HF://b/run'])
+def test_url_is_no_place_to_write_to(tmp_path, monkeypatch, url):
+  monkeypatch.chdir(tmp_path)
+  for path in (pathlib.Path(url), pathlib.Path(url).absolute()):
+    with pytest.raises(UserError, match=f'^{url} cannot be written: .* a URL'):
+      files.check_writable(path)
+  files.check_writable(tmp_path / 'notes: s3' / 'file')
+  assert not list(tmp_path.iterdir())
+
+
 def test_target_must_be_new_of_a_kind_and_below_a_folder(tmp_path):
   taken = tmp_path / 'taken.png'
   taken.write_text('kept')

@@ -150,6 +150,12 @@ def _class_names(
       raise UserError(
         f'--class_names={file} has an empty line; expected one name per line'
       )
+    [(name, number)] = collections.Counter(names).most_common(1)
+    if number > 1:
+      raise UserError(
+        f'--class_names={file} has {name!r} {number} times; expected different'
+        ' names'
+      )
   else:
     with contextlib.suppress(UserError):
       split, folder = dataset.train_split, dataset.data_dir

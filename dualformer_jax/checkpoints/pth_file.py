@@ -97,6 +97,10 @@ def _read_zip(file: BinaryIO) -> tuple[object, Callable[[Storage], bytes]]:
   archive = zipfile.ZipFile(file)
   length = file.seek(0, io.SEEK_END)
   entries = {entry.filename: entry for entry in archive.infolist()}
+  if not any(entry.CRC for entry in entries.values()):
+    # torch.serialization.set_crc32_options(False): they are not checked.
+    for entry in entries.values():
+      del entry.CRC
   pickles = [name for name in entries if re.fullmatch(r'[^/]*/data\.pkl', name)]
   if len(pickles) != 1:
     raise UserError(f'a zip file, but {_FOREIGN}')
@@ -185,7 +189,7 @@ def _view(
   try:
     storage = tensor.storage
     if type(storage) is not Storage:
-      raise ValueError('it has no storage')
+      raise ValueError('its numbers are of a type that weights do not have')
     shape, strides = _sizes(tensor.shape), _sizes(tensor.strides)
     (offset,) = _sizes((tensor.offset,))
     if len(shape) != len(strides):

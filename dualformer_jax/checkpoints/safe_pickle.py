@@ -21,6 +21,8 @@ from dualformer_jax.errors import UserError
 ORDERED_DICT = 'collections.OrderedDict'
 REBUILD_TENSOR = 'torch._utils._rebuild_tensor_v2'
 _REBUILD_PARAMETER = 'torch._utils._rebuild_parameter'
+_REBUILD_WITH_STATE = 'torch._utils._rebuild_parameter_with_state'
+_REBUILD_FROM_TYPE = 'torch._tensor._rebuild_from_type_v2'
 STORAGES = {
   'torch.DoubleStorage': np.dtype('<f8'),
   'torch.FloatStorage': np.dtype('<f4'),
@@ -35,16 +37,20 @@ STORAGES = {
 }
 _DEFAULT_DICT = 'collections.defaultdict'
 _KNOWN = {ORDERED_DICT, _DEFAULT_DICT, REBUILD_TENSOR, _REBUILD_PARAMETER}
-_KNOWN |= {*STORAGES}
+_KNOWN |= {_REBUILD_WITH_STATE, _REBUILD_FROM_TYPE, *STORAGES}
 # Found beside the weights of real files, such as a best score that is a NumPy
-# scalar, the hyperparameters of Lightning or the history of losses of MMEngine.
-# They are never looked up; a placeholder stands for the result.
+# scalar, the hyperparameters of Lightning, the history of losses of MMEngine or
+# a sparse tensor. They are never looked up; a placeholder stands for the
+# result.
 _PLACEHOLDERS = re.compile(
-  r'torch\.(Size|device|bool|u?int[0-9]+|b?float[0-9]+)|_codecs\.encode'
+  r'torch\.(Size|device|bool|Tensor|[a-z]+[0-9]+\w*|per_\w+)|_codecs\.encode'
+  r'|torch\.(_utils\._rebuild_|_tensor\._rebuild_from_|serialization\.)\w+'
+  r'|torch\.(storage\.)?\w+Storage|torch\.nn\.parameter\.\w+'
   r'|numpy\.(dtype|ndarray|_?core\.multiarray\.(scalar|_reconstruct))'
   r'|numpy\._?core\.numeric\._frombuffer|numpy\.dtypes\.\w+'
-  r'|argparse\.Namespace|pathlib\.(Posix|Windows)Path|datetime\.\w+'
-  r'|(__builtin__|builtins)\.(set|getattr)|enum\.\w+'
+  r'|argparse\.Namespace|pathlib\.(_local\.)?\w+Path|datetime\.\w+'
+  r'|(__builtin__|builtins)\.(set|frozenset|list|dict|tuple|getattr)|enum\.\w+'
+  r'|(__builtin__|builtins)\.(int|float|complex|slice|range|bytearray)'
   r'|(mmcv|mmengine|omegaconf|(pytorch_)?lightning\w*)(\.\w+)+'
 )
 
@@ -135,6 +141,12 @@ def unpickle(
         memo[len(memo)] = stack[-1]
       case 'BINGET' | 'LONG_BINGET':
         stack.append(memo[argument])
+      case 'EMPTY_SET':
+        stack.append(_Placeholder())
+      case 'ADDITEMS':
+        stack = outer.pop()
+      case 'FROZENSET':
+        stack = [*outer.pop(), _Placeholder()]
       case 'MARK':
         outer.append(stack)
         stack = []
@@ -165,6 +177,8 @@ def unpickle(
       case 'BINPERSID':
         storage = _storage(stack.pop())
         if storages is not None:
+          if not isinstance(storage, Storage):  # its size is unknown
+            raise UserError('its pickle refers to an unknown kind of storage')
           storages[storage.key] = storage
         stack.append(storage)
       case 'REDUCE' | 'NEWOBJ':
@@ -208,19 +222,28 @@ def _reduce(function: Any, arguments: Any) -> object:
   name = function.name
   if name.endswith('.getattr') and type(arguments[0]) is str:
     raise _refusal(name)  # methods are attributes of placeholders
-  if _PLACEHOLDERS.fullmatch(name):
+  if name not in _KNOWN:
     return _Placeholder()
   if name == ORDERED_DICT and not arguments or name == _DEFAULT_DICT:
     return {}
   if name == REBUILD_TENSOR and len(arguments) >= 4:
     return Tensor(*arguments[:4])
-  if name == _REBUILD_PARAMETER and arguments:
+  if name in (_REBUILD_PARAMETER, _REBUILD_WITH_STATE) and arguments:
     return arguments[0]
+  if name == _REBUILD_FROM_TYPE:  # of a buffer: function, type, arguments
+    match arguments:
+      case (_Global(name=inner), _Global(), (_, _, _, _, *_) as parts, *_):
+        if inner == REBUILD_TENSOR:
+          return Tensor(*parts[:4])
   raise UserError(f'its pickle calls {name} with invalid arguments')
 
 
-def _storage(identifier: object) -> Storage:
+def _storage(identifier: object) -> Storage | _Placeholder:
   match identifier:
+    case ('storage', _Global(name), *_) if (
+      name.endswith('Storage') and name not in STORAGES
+    ):
+      return _Placeholder()
     case ('storage', _Global(name), str(key), _, int(size), *views):
       known = name in STORAGES and type(size) is int and size >= 0
       if known and len(views) <= 1 and all(view is None for view in views):

@@ -136,11 +136,14 @@ def text_width(text: str, scale: float) -> int:
 
 def fit_text(text: str, scale: float, width: int) -> str:
   """Returns text in the letters that OpenCV has, cut to a width in pixels."""
-  text = ''.join(
-    c if c.isascii() and c.isprintable() else '?'
-    for c in unicodedata.normalize('NFKD', text)
-    if not unicodedata.combining(c)
-  )
+  if int(cv2.__version__.split('.')[0]) < 5:  # it has the letters of ASCII
+    text = ''.join(
+      c if c.isascii() else '?'
+      for c in unicodedata.normalize('NFKD', text)
+      if not unicodedata.combining(c)
+    )
+  text = unicodedata.normalize('NFC', text)
+  text = ''.join(c if c.isprintable() else '?' for c in text)
   if text_width(text, scale) <= width:
     return text
   while text and text_width(text + '...', scale) > width:

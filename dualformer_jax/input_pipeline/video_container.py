@@ -9,6 +9,7 @@ import bisect
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import fractions
 import io
 import itertools
 import math
@@ -256,25 +257,27 @@ class VideoContainer:
     Raises:
       VideoError: see decode; or a range is given and pictures have no times.
     """
+    # Integers are subtracted: differences of floats would not be exactly those
+    # times that users give, such as 0.4.
+    base = self.stream.time_base or fractions.Fraction(1)
     first = None
     # These formats seek to a keyframe at or before the time. Others may not, or
     # lack the time of their first frame.
     can_seek = {'mp4', 'matroska'} & set(self.av.format.name.split(','))
     pictures = self.decode()
     if start > 0.0 and can_seek and self.stream.time_base:
-      origin = self.stream.start_time or 0
-      first = float(origin * self.stream.time_base)
+      first = self.stream.start_time or 0
       # Files with B-frames may seek to a keyframe that is shown after the time,
       # and lack frames before it: seeks further back until none are missing.
       margin = 0.0
       while True:
         target = max(0.0, start - margin)
         with contextlib.suppress(*FAILURES):
-          offset = origin + int(target / self.stream.time_base)
-          self.av.seek(offset, stream=self.stream)
+          self.av.seek(first + int(target / base), stream=self.stream)
         pictures = self.decode()
         picture = next(pictures, None)
-        is_late = picture and picture.time and picture.time - first > start
+        shown = None if picture is None else self._shown_at(picture)
+        is_late = shown is not None and (shown - first) * base > start
         if picture is not None:
           pictures = itertools.chain([picture], pictures)
         if not is_late or not target:
@@ -282,10 +285,11 @@ class VideoContainer:
         margin = 2 * margin + 1
     time = -step
     for picture in pictures:
-      if picture.time is not None:
-        first = picture.time if first is None else first
-        time = max(time, picture.time - first)
-      elif start > 0.0 or end < math.inf:
+      shown = self._shown_at(picture)
+      if shown is not None:
+        first = shown if first is None else first
+        time = max(time, float((shown - first) * base))
+      elif first is None and (start > 0.0 or end < math.inf):
         raise self.error('has no frame times')
       else:
         time += step
@@ -293,6 +297,13 @@ class VideoContainer:
         return
       if time >= start:
         yield time, picture
+
+  def _shown_at(self, picture: av.VideoFrame) -> int | None:
+    """Returns when a picture is shown, in units of the stream's time base."""
+    # AVI files have decoding times only. FFmpeg makes up the others, which are
+    # out of order in files with B-frames.
+    is_avi = self.av.format.name == 'avi'
+    return picture.dts if is_avi else picture.pts
 
   def frame_index(self) -> FrameIndex | None:
     """Returns the frame index, or None where packets do not give it exactly.

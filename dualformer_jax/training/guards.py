@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax.checkpoints.metadata import CheckpointMetadata
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.dataset import (
   PreparedDataset,
@@ -59,6 +60,23 @@ class FiniteGuard:
         'it. Look at the videos, lower optimizer.learning_rate, or clip '
         'gradients (--config.optimizer.max_grad_norm=1)'
       )
+
+
+def check_batch_size(batch_size: int, saved: CheckpointMetadata) -> None:
+  """Raises UserError if a run to be resumed had batches of another size.
+
+  Learning rate, epochs and the end of the run are computed from its steps.
+  """
+  position = (saved.data_position or {}).get('position')
+  if not saved.step or not isinstance(position, int):
+    return
+  began_with = position // saved.step
+  if began_with != batch_size:
+    raise UserError(
+      f'config.batch_size is {batch_size}, but this run began with'
+      f' {began_with}; use that one (it takes less memory with'
+      ' config.accumulation_steps), or begin in a new workdir'
+    )
 
 
 class WorkdirLock:

@@ -76,6 +76,8 @@ def train_and_test(
   config = setup.resolve_normalization(
     config, origin.preprocessing if origin else None
   )
+  if latest is not None and origin is not None:
+    guards.check_batch_size(config.batch_size, origin)
 
   # ---------------------------------------------------------------------- data
   dataset = config.dataset

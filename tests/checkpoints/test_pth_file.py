@@ -197,6 +197,60 @@ def test_torch_save_of_any_protocol_is_read(path, protocol, legacy):
   _assert_same(_read(path), expected)
 
 
+# What torch.save writes for parameters with attributes and for buffers of
+# torch.nn.Buffer: a function and the arguments of _rebuild_tensor_v2.
+_ARGUMENTS = _tensor().removeprefix(b'ctorch._utils\n_rebuild_tensor_v2\n')[:-1]
+OTHER_TENSORS = {
+  'parameter with attributes': (
+    b'ctorch._utils\n_rebuild_parameter_with_state\n(' + _tensor() + b'\x88N}tR'
+  ),
+  'buffer': b'ctorch._tensor\n_rebuild_from_type_v2\n('
+  b'ctorch._utils\n_rebuild_tensor_v2\nctorch.nn.parameter\nBuffer\n'
+  + _ARGUMENTS
+  + b'}tR',
+}
+
+
+@pytest.mark.parametrize('name', OTHER_TENSORS)
+def test_tensors_with_attributes_are_read(path, name):
+  numbers = np.arange(4, dtype='f4')
+  _save(path, _state_dict(OTHER_TENSORS[name]), (numbers.tobytes(),))
+  _assert_same(_read(path), {'0': numbers})
+
+
+@pytest.mark.parametrize(
+  'other',
+  [
+    # Paths of Python 3.13, sets of protocol 4, functions of defaultdicts.
+    b'cpathlib._local\nPosixPath\n' + _plain(('/', 'data')) + b'R',
+    b'\x8f(' + _plain('a') + _plain(1) + b'\x90',
+    b'(' + _plain('a') + b'\x91',
+    b'ccollections\ndefaultdict\nc__builtin__\nlist\n\x85R',
+    # Tensors of other kinds and types.
+    b'ctorch._utils\n_rebuild_tensor_v3\nctorch\nfloat8_e4m3fn\n\x85R',
+    b'ctorch._utils\n_rebuild_sparse_tensor\n)R',
+    _tensor(key='9', storage=b'ctorch.storage\nUntypedStorage\n'),
+  ],
+)
+def test_other_objects_beside_the_weights_are_ignored(path, other):
+  weights = _plain('model') + _state_dict(_tensor())[2:-1]
+  _save(path, b'\x80\x02}(' + weights + _plain('other') + other + b'u.')
+  _assert_same(_read(path), {'0': np.zeros(4, np.float32)})
+
+
+def test_file_without_checksums_is_read(path):
+  # As after torch.serialization.set_crc32_options(False).
+  content = bytearray(CHECKPOINT.read_bytes())
+  with zipfile.ZipFile(CHECKPOINT) as archive:
+    entries, directory = archive.infolist(), archive.start_dir
+  for entry in entries:
+    start = content.index(b'PK\x01\x02', directory)
+    content[start + 16 : start + 20] = bytes(4)
+    directory = start + 46 + len(entry.filename)
+  path.write_bytes(content)
+  _assert_same(_read(path), SAVED)
+
+
 def test_module_prefix_is_removed_unless_names_become_ambiguous(path):
   weights = {'module.a': _ramp(0, 2), 'module.module.b': _ramp(1, 2)}
   pth_file.write_pth(path, weights)
@@ -429,7 +483,10 @@ DICT = b'ccollections\nOrderedDict\n'
     (_tensor(key=0), 'kind of storage'),
     (_tensor(count=-4), 'kind of storage'),
     (_tensor(count=True), 'kind of storage'),
-    (_tensor(storage=b'ctorch\nComplexFloatStorage\n'), 'asks for'),
+    (
+      _state_dict(_tensor(storage=b'ctorch\nComplexFloatStorage\n'))[2:-1],
+      "'0': its numbers are of a type",
+    ),
     # Damage
     (b'', 'damaged'),
     (b'R', 'damaged'),
@@ -481,7 +538,7 @@ def test_deeply_nested_tensors_raise(path):
   rebuild = b'ctorch._utils\n_rebuild_tensor_v2\nq\x00'
   nested = rebuild + b'(' + b'h\x00(' * 50_000 + b'NNNNtR' * 50_000
   _save(path, b'\x80\x02}' + _plain('a') + nested + b'NNNtRs.')
-  _assert_raises(path, "'a': it has no storage")
+  _assert_raises(path, "'a': its numbers are of a type")
 
 
 def test_endless_pickle_raises(path):

@@ -351,6 +351,7 @@ def test_other_floats_are_cast_and_noted(tmp_path, weights):
   [
     (b'a\nb\n', 'has 2 classes, expected 10'),
     (b'a\n\n' + 8 * b'b\n', 'has an empty line'),
+    (b'a\n' + 9 * b'b\n', "has 'b' 9 times"),
     (b'\xff\xfe', 'not UTF-8'),
     (None, 'cannot be read'),
   ],
@@ -367,12 +368,11 @@ def test_invalid_class_names_raise(tmp_path, pth, content, expected):
 
 def test_byte_order_mark_is_not_part_of_a_class_name(tmp_path, pth):
   names = tmp_path / 'names.txt'
-  names.write_bytes(
-    b'\xef\xbb\xbf' + b'\r\n'.join([b'gr\xc3\xbc\xc3\x9fen'] * 10)
-  )
+  expected = tuple(f'grüßen {number}' for number in range(10))
+  names.write_bytes(b'\xef\xbb\xbf' + '\r\n'.join(expected).encode())
   _to_folder(pth, tmp_path / 'folder', _micro_config(), str(names))
   _, metadata = checkpoint.load_model(tmp_path / 'folder')
-  assert metadata.class_names == ('grüßen',) * 10
+  assert metadata.class_names == expected
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Heat maps, values of tokens and GIF files are drawn as specified."""
 
+import cv2
 import numpy as np
 import pytest
 
@@ -25,6 +26,22 @@ def test_colors_are_rgb():
   reddish = drawing.colorize(np.full((1, 1, 1), 0.3, np.float32), 'hot')[0, 0]
   assert reddish[0, 0] > 150
   assert reddish[0, 2] == 0
+
+
+@pytest.mark.skipif(
+  int(cv2.__version__.split('.')[0]) < 5, reason='OpenCV 4 has ASCII letters'
+)
+def test_letters_of_other_languages_are_drawn():
+  def drawn(text: str) -> bytes:
+    image = np.zeros((40, 200, 3), np.uint8)
+    fitted = drawing.fit_text(text, 0.6, 200)
+    drawing.draw_text(image, fitted, (5, 30), 0.6, drawing.WHITE)
+    return image.tobytes()
+
+  for text, without in (('größer', 'großer'), ('ß', '?'), ('日本', '??')):
+    assert drawn(text) not in (drawn(without), drawn('?' * len(text)))
+  assert drawn('o\u0308') == drawn('ö')  # as file systems of macOS store it
+  assert drawing.fit_text('a\nb', 0.6, 200) == 'a?b'
 
 
 def test_each_pixel_has_the_value_of_its_token():

@@ -122,7 +122,9 @@ def test_chart_of_many_windows_and_long_names():
   assert len(chart_rows(picture)) == 1 + 10
 
 
-def test_characters_that_the_font_lacks_are_replaced():
+def test_characters_that_the_font_of_opencv_4_lacks_are_replaced(monkeypatch):
+  monkeypatch.setattr('cv2.__version__', '4.10.0')
+
   def named(name):
     return timeline.draw_chart('', [Window(0.0, 1.0, [(name, 1.0)])])
 

@@ -338,6 +338,16 @@ def test_times_of_a_variable_frame_rate_are_those_of_the_file(container):
   )
 
 
+@pytest.mark.parametrize('name', videos.FORMATS)
+def test_frame_times_of_a_constant_frame_rate(encoded, name):
+  with VideoReader(encoded[name]) as reader:
+    np.testing.assert_allclose(
+      reader.frame_times, np.arange(36) / 25, atol=1e-6
+    )
+    times = [time for time, _ in reader.iter_timed()]
+  np.testing.assert_allclose(times, np.arange(36) / 25, atol=1e-6)
+
+
 def test_frame_times_without_times_in_the_file_follow_the_frame_rate():
   raw = videos.encode(videos.levels(36), 'libx264', 'h264')
   with VideoReader(raw) as reader:
@@ -441,6 +451,9 @@ def test_time_range_gives_the_frames_shown_in_it(encoded, name):
   with VideoReader(encoded[name]) as reader:
     part = [f for _, f in reader.iter_timed(3.9 / 25, 7.9 / 25)]
     np.testing.assert_array_equal(part, whole[4:8])
+    # Times that are exactly those of frames.
+    part = [f for _, f in reader.iter_timed(0.4, 0.52)]
+    np.testing.assert_array_equal(part, whole[10:13])
     assert len(list(reader.iter_timed(start=30.9 / 25))) == 5
     with pytest.raises(VideoError, match='no frame between 1000 s and inf s'):
       list(reader.iter_timed(1e3))

@@ -151,6 +151,9 @@ FORMATS: dict[str, Callable[[np.ndarray], bytes]] = {
   ),
   'mpeg4.mp4': lambda f: encode(f, 'mpeg4', 'mp4', g='8', bf='2', b='9M'),
   'mpeg4.avi': lambda f: encode(f, 'mpeg4', 'avi', g='8', bf='2', b='9M'),
+  'h264.avi': lambda f: encode(
+    f, 'libx264', 'avi', **{'x264-params': 'keyint=8:bframes=3:b-adapt=0'}
+  ),
   'vp8.webm': lambda f: encode(
     f, 'libvpx', 'webm', **{'auto-alt-ref': '1', 'lag-in-frames': '8'}
   ),

@@ -450,3 +450,18 @@ def test_workdir_of_another_model_is_unchanged(trained, train, motion_dataset):
     'model.image_size is 64, in the checkpoint 32',
   )
   assert files(workdir) == before
+
+
+def test_resuming_with_another_batch_size_raises(
+  trained, train, motion_dataset
+):
+  workdir, _ = trained
+  before = files(workdir)
+  done = train(
+    '--config.batch_size=4',
+    '--config.num_epochs=9',
+    f'--config.dataset.data_dir={motion_dataset}',
+    workdir=workdir,
+  )
+  assert_one_line(done, 'config.batch_size is 4', 'began with 8')
+  assert files(workdir) == before
