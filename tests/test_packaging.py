@@ -283,3 +283,28 @@ def test_no_usable_interpreter_is_an_error(tmp_path):
   found = _find_python(tmp_path, '3.9')
   assert found.returncode == 1
   assert 'PYTHON=/path/to/python' in found.stderr
+
+
+def test_dockerfile_copies_and_installs_what_is_there():
+  text = (ROOT / 'Dockerfile').read_text().replace('\\\n', ' ')
+  commands = [
+    line.split() for line in text.splitlines() if line[:1] not in ('#', ' ')
+  ]
+  sources = [
+    name
+    for command in commands
+    if command[:1] == ['COPY']
+    for name in command[1:-1]
+  ]
+  assert {'setup.cfg', 'constraints.txt', 'dualformer_jax'} <= {*sources}
+  for name in sources:
+    assert (ROOT / name).exists(), name
+  extras = {
+    extra
+    for found in re.findall(r'EXTRAS=([\w,]+)', text)
+    for extra in found.split(',')
+  }
+  assert {'prepare', 'cuda', 'tpu'} <= extras
+  assert extras <= {*_setup()['options.extras_require']}
+  users = [command[1] for command in commands if command[:1] == ['USER']]
+  assert users == ['dualformer']  # not root

@@ -41,6 +41,8 @@ def test_page_escapes_names():
       report_page.chart_data(tested),
     )
   )
+  assert len(page.fits) > 5
+  assert all(page.fits)
   assert len(page.images()) == 1
   assert page.images()[-1]['alt'] == f'Three frames of {videos[0]}'
   # In the comparison, confused pairs, mistakes, classes and failed videos.
