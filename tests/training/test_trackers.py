@@ -246,6 +246,7 @@ def test_missing_extra_is_an_error_before_training(tmp_path, monkeypatch):
   # Another folder of this name, as W&B's output, is no library.
   (tmp_path / 'mlflow').mkdir()
   monkeypatch.setattr(sys, 'path', [str(tmp_path)])
+  monkeypatch.delitem(sys.modules, 'mlflow', raising=False)
   with pytest.raises(UserError, match=r"pip install -e '\.\[mlflow\]'"):
     loop.train_and_test(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
