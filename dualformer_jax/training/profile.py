@@ -140,7 +140,7 @@ def verdict(result: dict[str, Any], is_verbatim: bool) -> str:
   elif slowest == 'decode' and is_verbatim:
     remedy = (
       'The videos are stored as published: prepare them re-encoded (tfds build '
-      'without --config=verbatim), which decodes about 6 times as fast.'
+      'without --config=verbatim), which decodes about 5 times as fast.'
     )
   else:
     remedy = (

@@ -108,6 +108,7 @@ def test_linear_head_reaches_the_optimum_that_scipy_finds():
     np.testing.assert_allclose(differences, differences.mean(), atol=2e-3)
 
 
+@pytest.mark.slow
 def test_logits_and_cross_entropy_are_those_of_every_view(monkeypatch):
   monkeypatch.setattr(heads, '_BATCH_SIZE', 8)  # 20 is no multiple
   inputs = make_inputs('attentive', 24, 3, views=2, files=3)
