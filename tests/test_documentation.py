@@ -64,6 +64,22 @@ def test_code_blocks_are_closed_and_python_compiles(name):
     ast.parse(textwrap.dedent(code))
 
 
+def test_readme_begins_with_a_picture_the_commands_and_the_first_prediction():
+  readme = (ROOT / 'README.md').read_text('utf-8')
+  places = [
+    readme.index(text)
+    for text in (
+      '![',
+      'scripts/quickstart.sh',
+      'scripts/test.sh',
+      'dualformer_jax.predict --checkpoint=.quickstart/motion VIDEO',
+      '## Contents',
+      'dualformer_jax.convert --config',  # needs what one does not have yet
+    )
+  ]
+  assert places == sorted(places)
+
+
 @pytest.mark.parametrize('name', PAGES)
 def test_links_lead_to_files_and_headings(name):
   page = ROOT / name

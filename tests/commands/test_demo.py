@@ -272,6 +272,13 @@ def test_page_loads_nothing_from_other_servers(server, elsewhere):
   assert elsewhere[1] == []
 
 
+def test_page_leaves_room_for_the_buttons_below_a_video(server):
+  with urllib.request.urlopen(server.url, timeout=60) as response:
+    page = response.read().decode().replace('\\u003e', '>')
+  # Gradio's own rule makes the drop zone cover them in wide windows.
+  assert '.video-container > .wrap {flex: 1; min-height: 0' in page
+
+
 def test_startup_errors_are_one_line(server, checkpoint, environment):
   for arguments, words in (
     ((f'--checkpoint={checkpoint}', f'--port={server.port}'), '--port=0'),
