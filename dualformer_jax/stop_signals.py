@@ -66,18 +66,20 @@ class StopSignals:
       with self._lock:
         finish, self._finish = self._finish, None
         if self._is_exit_deferred and self.received is None:
+          self._print_work(received, 'finishing and saving')
           self.received = received
           threading.Thread(target=_replace_closed_pipes, daemon=True).start()
-          work = 'finishing and saving'
         elif not self._is_exit_deferred and finish is not None:
+          self._print_work(received, 'saving')
           thread = threading.Thread(
             target=self._finish_and_end, args=(finish, received), daemon=True
           )
           thread.start()
-          work = 'saving'
         else:
           self._end_process(received)
-        self._print(f'{received.name}: {work}; send it again to end at once')
+
+  def _print_work(self, received: signal.Signals, work: str) -> None:
+    self._print(f'{received.name}: {work}; send it again to end at once')
 
   def _finish_and_end(
     self, finish: Callable[[], object] | None, number: signal.Signals
