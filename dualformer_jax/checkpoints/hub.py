@@ -39,7 +39,6 @@ _ADDRESS = re.compile(
 _COMMIT = re.compile('[0-9a-f]{40}')
 _HASH = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # of git, SHA-256
 _BRANCH = 'main'
-_CHUNK = 1 << 20
 _LOG = logging.getLogger(__name__)
 
 
@@ -260,9 +259,7 @@ def _hash(path: pathlib.Path, num_digits: int) -> str:
     digest = hashlib.sha1(usedforsecurity=False)
     digest.update(b'blob %d\0' % path.stat().st_size)
   with path.open('rb') as file:
-    while chunk := file.read(_CHUNK):
-      digest.update(chunk)
-  return digest.hexdigest()
+    return hashlib.file_digest(file, lambda: digest).hexdigest()
 
 
 def _remember(address: Address, commit: str) -> None:
