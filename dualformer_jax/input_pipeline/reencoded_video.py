@@ -19,7 +19,10 @@ import av.error
 from jaxtyping import Int, Int64
 import numpy as np
 
-from dualformer_jax.input_pipeline.video_container import MAX_PIXELS
+from dualformer_jax.input_pipeline.video_container import (
+  MAX_PIXELS,
+  FrameIndex,
+)
 
 Content = bytes | bytearray | memoryview
 # Options of x264, which it writes into the first packet. From a keyframe to the
@@ -35,8 +38,6 @@ _REQUIRED_OPTIONS = {
   b'interlaced=0',
 }
 _IDENTITY = struct.pack('>9i', 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
-# Decoding up to this many unwanted frames is faster than another keyframe.
-_MAX_SKIPPED = 8
 
 
 class DamagedError(Exception):
@@ -52,22 +53,23 @@ class ReencodedVideo:
     size: height and width of the pictures.
     decoder_config: avcC, the decoder's parameters.
     times: presentation time of each frame in seconds, rising.
+    frame_index: times in ticks, and keyframes, whose indices are also their
+      samples.
     index: the index of each sample's frame.
     sample: the sample of each frame.
     offsets: position of each sample in the file.
     sizes: number of bytes of each sample.
-    keyframes: indices of keyframes, which are also their samples; rising.
   """
 
   content: Content
   size: tuple[int, int]
   decoder_config: bytes
   times: np.ndarray
+  frame_index: FrameIndex
   index: Int64[np.ndarray, ' n']
   sample: Int64[np.ndarray, ' n']
   offsets: Int64[np.ndarray, ' n']
   sizes: Int64[np.ndarray, ' n']
-  keyframes: Int64[np.ndarray, ' k']
 
   @classmethod
   def parse(cls, content: Content) -> ReencodedVideo | None:
@@ -141,11 +143,11 @@ class ReencodedVideo:
       size=(height, width),
       decoder_config=bytes(config),
       times=(times - times[0]) / timescale,
+      frame_index=FrameIndex(times.tolist(), keyframes.tolist()),
       index=index,
       sample=sample,
       offsets=offsets,
       sizes=sizes,
-      keyframes=keyframes,
     )
 
   def decode(self, wanted: list[int]) -> Iterator[tuple[int, av.VideoFrame]]:
@@ -162,7 +164,7 @@ class ReencodedVideo:
     context.thread_count = 1
     context.thread_type = 'NONE'
     context.options = {'max_pixels': str(MAX_PIXELS)}
-    for run in self._runs(wanted):
+    for run in self.frame_index.runs(wanted):
       missing = set(run)
       for packet in [*self._packets(run), None]:
         try:
@@ -179,24 +181,10 @@ class ReencodedVideo:
         raise DamagedError
       context.flush_buffers()
 
-  def _runs(self, wanted: list[int]) -> Iterator[list[int]]:
-    """Splits the wanted frames into those that are decoded from a keyframe."""
-    before = np.searchsorted(self.keyframes, wanted, 'right') - 1
-    run = wanted[:1]
-    for index, keyframe in zip(
-      wanted[1:], self.keyframes[before[1:]].tolist(), strict=True
-    ):
-      if keyframe - run[-1] > _MAX_SKIPPED:
-        yield run
-        run = []
-      run.append(index)
-    yield run
-
   def _packets(self, run: list[int]) -> list[av.Packet]:
     """Returns the packets that a run needs, each with its index as its time."""
-    keyframe = np.searchsorted(self.keyframes, run[0], 'right') - 1
-    start, stop = int(self.keyframes[keyframe]), int(self.sample[run].max()) + 1
-    part = slice(start, stop)
+    start = self.frame_index.keyframe_before(run[0])
+    part = slice(start, int(self.sample[run].max()) + 1)
     packets, wanted = [], set(run)
     for index, offset, size in zip(
       self.index[part].tolist(),

@@ -6,7 +6,7 @@ VideoReader in video_reader.py is the interface for everyone else.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
 import fractions
@@ -50,6 +50,8 @@ _PYAV_OPTIONS: dict[str, Any] = (
   if int(av.__version__.split('.')[0]) < 19
   else {}
 )
+# Decoding up to this many unwanted frames is faster than another seek.
+_MAX_SKIPPED = 8
 # What PyAV raises. Most FFmpegErrors are one of the others as well.
 FAILURES = (av.error.FFmpegError, OSError, ValueError, MemoryError)
 
@@ -82,6 +84,16 @@ class FrameIndex:
   def keyframe_before(self, index: int) -> int:
     """Returns the last keyframe at or before a frame."""
     return self.keyframes[bisect.bisect_right(self.keyframes, index) - 1]
+
+  def runs(self, wanted: Sequence[int]) -> Iterator[list[int]]:
+    """Splits rising indices into those to decode after one seek each."""
+    run: list[int] = []
+    for index in wanted:
+      if run and self.keyframe_before(index) - run[-1] > _MAX_SKIPPED:
+        yield run
+        run = []
+      run.append(index)
+    yield run
 
 
 class VideoContainer:

@@ -43,8 +43,6 @@ Planes = tuple[
 _Converted = TypeVar('_Converted')
 Transform = Callable[[Frame], UInt8[np.ndarray, 'h2 w2 3']]
 
-# Decoding up to this many unwanted frames is faster than another seek.
-_MAX_SKIPPED = 8
 _DEFAULT_FPS = 25.0
 MAX_FPS = 1000.0
 
@@ -335,14 +333,7 @@ class VideoReader:
     """
     container = self._container
     index_at = {time: i for i, time in enumerate(index.times)}
-    pending = collections.deque(wanted)
-    while pending:
-      # Frames decoded after one seek.
-      run = [pending.popleft()]
-      while (
-        pending and index.keyframe_before(pending[0]) - run[-1] <= _MAX_SKIPPED
-      ):
-        run.append(pending.popleft())
+    for run in index.runs(wanted):
       try:
         keyframe = index.keyframe_before(run[0])
         container.av.seek(index.times[keyframe], stream=container.stream)

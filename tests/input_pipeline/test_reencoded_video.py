@@ -36,7 +36,7 @@ def test_tables_are_those_of_ffmpeg(tmp_path, count, timed):
   assert parsed.offsets.tolist() == [packet.pos for packet in packets]
   assert parsed.sizes.tolist() == [packet.size for packet in packets]
   keyframes = [i for i, packet in enumerate(packets) if packet.is_keyframe]
-  assert parsed.keyframes.tolist() == keyframes
+  assert parsed.frame_index.keyframes == keyframes
   assert parsed.size == frames.shape[1:3]
 
 
