@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import fcntl
 import gc
 import os
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import jaxtyping
 import pytest
 
@@ -52,6 +53,13 @@ def _check_shapes_in_fast_tests(
 def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
   """Leaves SIGINT to pytest where a test runs a command in its process."""
   monkeypatch.setattr(command_line.stop_signals, 'install', lambda: None)
+
+
+@pytest.fixture(autouse=True)
+def _keep_mesh() -> Iterator[None]:
+  """Undoes `jax.set_mesh` of a test that trains or scores in its process."""
+  with jax.set_mesh(jax.sharding.get_mesh()):
+    yield
 
 
 @pytest.fixture(scope='session')
