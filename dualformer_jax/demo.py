@@ -23,7 +23,7 @@ from absl import flags
 
 from dualformer_jax import command_line
 from dualformer_jax.command_line import CHECKPOINT_HELP
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.files import unfinished_folder
 
 FLAGS = flags.FLAGS
@@ -81,9 +81,7 @@ def _serve(folder: pathlib.Path) -> None:
     from gradio.themes import Default
     import uvicorn
   except ImportError as error:
-    raise UserError(
-      f"{error.name} is not installed; pip install -e '.[demo]'"
-    ) from error
+    raise UserError(missing_extra('the demo', 'demo')) from error
   server = _listen(FLAGS.host, FLAGS.port)
 
   import cv2

@@ -9,6 +9,14 @@ class UserError(ValueError):
   """
 
 
+def missing_extra(purpose: str, extra: str) -> str:
+  """Returns the message that a purpose needs an extra of this package."""
+  return (
+    f"{purpose} needs the extra '{extra}': pip install"
+    f" 'dualformer_jax[{extra}]'"
+  )
+
+
 def error_reason(error: UserError) -> str:
   """Returns the message of an error without the path of a video."""
   return getattr(error, 'reason', str(error))

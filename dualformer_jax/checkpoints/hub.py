@@ -20,7 +20,7 @@ import urllib.parse
 
 from dualformer_jax import files, progress
 from dualformer_jax.checkpoints.messages import listed, quote
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
   from types import ModuleType
@@ -135,10 +135,8 @@ def client(address: object) -> ModuleType:
   try:
     import huggingface_hub
   except ImportError as error:
-    raise UserError(
-      f"{address}: the Hugging Face Hub needs the extra 'hub': pip install"
-      " 'dualformer_jax[hub]'"
-    ) from error
+    message = missing_extra(f'{address}: the Hugging Face Hub', 'hub')
+    raise UserError(message) from error
   return huggingface_hub
 
 

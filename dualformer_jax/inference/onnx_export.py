@@ -14,7 +14,7 @@ import zlib
 from jaxtyping import Float, UInt8
 import numpy as np
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.files import output_file
 from dualformer_jax.inference.golden import golden_views
 
@@ -37,9 +37,7 @@ def require_onnxruntime() -> ModuleType:
     import onnx  # noqa: F401
     import onnxruntime
   except ImportError as error:
-    raise UserError(
-      "ONNX files need the extra 'onnx': pip install 'dualformer_jax[onnx]'"
-    ) from error
+    raise UserError(missing_extra('an ONNX file', 'onnx')) from error
   return onnxruntime
 
 

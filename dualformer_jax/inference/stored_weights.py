@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.inference.golden import golden_views
 
 if TYPE_CHECKING:
@@ -55,10 +55,8 @@ def require_qwix() -> ModuleType:
   try:
     import qwix
   except ImportError as error:
-    raise UserError(
-      "--weights_dtype=int8 needs the extra 'int8': pip install"
-      " 'dualformer_jax[int8]'"
-    ) from error
+    message = missing_extra('--weights_dtype=int8', 'int8')
+    raise UserError(message) from error
   return qwix
 
 

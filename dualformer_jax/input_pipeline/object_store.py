@@ -77,10 +77,8 @@ class ObjectStore:
       self._files, self._root = fsspec.url_to_fs(self.url)
     except ImportError as error:
       extra = _EXTRAS[protocol]
-      raise StoreError(
-        f'{url}: reading it needs the extra {extra!r}: pip install'
-        f" 'dualformer_jax[{extra}]'"
-      ) from error
+      message = errors.missing_extra(f'{url}: reading it', extra)
+      raise StoreError(message) from error
     except ValueError as error:
       raise StoreError(f'{url}: is no valid URL: {error}') from error
     found = self._repeat(url, self._list)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jax.experimental import topologies
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def find_target(topology: str, memory: float | None = None) -> Target:
 def _tpus(generation: str, shape: str) -> Target:
   """Returns the devices of a TPU slice."""
   if importlib.util.find_spec('libtpu') is None:
-    raise UserError("planning for TPUs needs libtpu: pip install -e '.[plan]'")
+    raise UserError(missing_extra('planning for TPUs', 'plan'))
   # A v4 chip has two cores that work as one device.
   options = {'chip_config_name': 'megacore'} if generation == 'v4' else {}
   topology = f'{generation}:{shape}'
@@ -136,9 +136,7 @@ def _gpus(name: str, count: str) -> Target:
     )
   plugins = importlib.metadata.entry_points(group='jax_plugins')
   if not any('cuda' in plugin.name for plugin in plugins):
-    raise UserError(
-      "planning for GPUs needs their compiler: pip install -e '.[cuda]'"
-    )
+    raise UserError(missing_extra('planning for GPUs', 'cuda'))
   per_machine = min(number, GPUS_PER_MACHINE)
   description = topologies.get_topology_desc(
     platform='cuda',

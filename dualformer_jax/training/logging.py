@@ -16,7 +16,7 @@ import numpy as np
 
 from dualformer_jax.checkpoints.metadata import CheckpointMetadata
 from dualformer_jax.distributed import processes
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.evaluation import report as reports
 from dualformer_jax.evaluation.curves import METRICS_FILE, read_metrics
 from dualformer_jax.files import atomic_write, output_file
@@ -87,9 +87,9 @@ class MetricWriter:
       from clu import metric_writers
     except ImportError as error:
       _LOG.warning(
-        'metrics are logged here only, not to TensorBoard (%s); for that, '
-        "pip install -e '.[prepare]'",
+        'metrics are logged here only, not to TensorBoard (%s): %s',
         error,
+        missing_extra('TensorBoard', 'prepare'),
       )
     else:
       with self._writing():

@@ -22,7 +22,7 @@ import threading
 import time
 from typing import Any
 
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.files import atomic_write
 from dualformer_jax.training import tracker_process
 
@@ -61,10 +61,7 @@ def check_installed(config: Config) -> None:
     spec = importlib.util.find_spec(name)
     # Without an origin it is a folder of this name, such as W&B writes.
     if spec is None or spec.origin is None:
-      raise UserError(
-        f'config.trackers has {name}, which is not installed: '
-        f"pip install -e '.[{name}]'"
-      )
+      raise UserError(missing_extra(f'config.trackers={name}', name))
 
 
 class Trackers:

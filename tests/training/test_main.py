@@ -344,7 +344,7 @@ def test_broken_videos_are_reported_and_not_replaced(
   )
   assert done.returncode == 0, done.stderr
   (line,) = [s for s in done.stderr.splitlines() if 'TensorBoard' in s]
-  assert "pip install -e '.[prepare]'" in line
+  assert "pip install 'dualformer_jax[prepare]'" in line
   workdir = tmp_path / 'workdir'
   assert sorted(p.name for p in workdir.iterdir()) == [
     'best',

@@ -247,7 +247,9 @@ def test_missing_extra_is_an_error_before_training(tmp_path, monkeypatch):
   (tmp_path / 'mlflow').mkdir()
   monkeypatch.setattr(sys, 'path', [str(tmp_path)])
   monkeypatch.delitem(sys.modules, 'mlflow', raising=False)
-  with pytest.raises(UserError, match=r"pip install -e '\.\[mlflow\]'"):
+  with pytest.raises(
+    UserError, match=r"pip install 'dualformer_jax\[mlflow\]'"
+  ):
     loop.train_and_test(config, tmp_path / 'run')
   assert not (tmp_path / 'run').exists()
 
