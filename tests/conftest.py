@@ -21,6 +21,7 @@ from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from tests import tfds_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+_NO_MESH = jax.sharding.get_mesh()
 
 # JAX's tracing makes many objects that live: searching them for cycles as often
 # as Python does by default is a tenth of the tests' time.
@@ -56,9 +57,9 @@ def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _keep_mesh() -> Iterator[None]:
-  """Undoes `jax.set_mesh` of a test that trains or scores in its process."""
-  with jax.set_mesh(jax.sharding.get_mesh()):
+def _no_mesh() -> Iterator[None]:
+  """Undoes `jax.set_mesh` of what trained or scored in this process before."""
+  with jax.set_mesh(_NO_MESH):
     yield
 
 
