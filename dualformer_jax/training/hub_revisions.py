@@ -68,8 +68,7 @@ def _read_and_resolve(
       recorded = dict(json.loads(path.read_text('utf-8')))
     except (OSError, ValueError) as error:
       raise UserError(
-        f'{path}: cannot be read ({error}); remove it to use the present '
-        'commits'
+        f'{path}: cannot be read ({error}); remove it to use the latest commits'
       ) from error
   result = dict(recorded)
   for address in filter(hub.is_address, addresses):
