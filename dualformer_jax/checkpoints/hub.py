@@ -142,7 +142,7 @@ def client(address: object) -> ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class _Snapshot:
-  """A commit, and hashes of its files unless the Hub was not asked."""
+  """A commit and, if the Hub was asked, the hashes of its files."""
 
   commit: str
   hashes: dict[str, str] | None = None
@@ -300,7 +300,7 @@ class _UnreachableError(UserError):
 
 @contextlib.contextmanager
 def client_errors(address: Address) -> Iterator[None]:
-  """Makes errors of huggingface_hub UserErrors."""
+  """Turns errors of huggingface_hub into UserErrors."""
   try:
     yield
   except UserError:

@@ -39,7 +39,7 @@ def push(
 
   Args:
     target: where to.
-    path: that of the checkpoint, as of `checkpoint.find`.
+    path: the checkpoint, as for `checkpoint.find`.
     extra_files: exported files of the same model.
     private: whether a new repository is private.
     license_name: identifier of a license on the Hub.

@@ -82,7 +82,7 @@ def _read_and_resolve(
 
 
 def _of_first_process(address: str, error: UserError | None) -> str:
-  """Returns the address of process 0; raises its error, or that it has one."""
+  """Returns the address of process 0; raises an error if that failed."""
   if jax.process_count() > 1:
     padded = address.encode().ljust(_LONGEST, b'\0')
     array = np.frombuffer(padded, np.uint8)
