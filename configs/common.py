@@ -28,9 +28,9 @@ def get_config() -> config_dict.ConfigDict:
         'token_label': False,
         'remat': 'elementwise',  # or 'none', 'block'
         'dtype': 'bfloat16',  # or 'float32'
-        # Implementations of operations: the fastest for each platform,
-        # 'experimental' (docs/performance.md, "MLP branch and LayerNorm on
-        # Hopper"), or 'reference' for plain JAX, for debugging.
+        # 'auto': the fastest implementations for the platform. 'experimental':
+        # docs/performance.md, "MLP branch and LayerNorm on Hopper".
+        # 'reference': plain JAX, for debugging.
         'kernels': 'auto',
       },
       'dataset': {
@@ -144,8 +144,8 @@ def get_config() -> config_dict.ConfigDict:
         'keep': 1,  # latest checkpoints, besides the best
       },
       'log_every_steps': 20,
-      # Where metrics, config and report are sent to as well: names of wandb,
-      # mlflow and trackio, separated by commas.
+      # Also sends metrics, config and report to 'wandb', 'mlflow' or 'trackio';
+      # several are separated by commas.
       'trackers': '',
       # '': that of the tracker's environment variable, or 'dualformer'.
       'tracker_project': '',

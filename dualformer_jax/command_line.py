@@ -44,7 +44,7 @@ def run(
   Prints an error in the flags, in the config they name, or a UserError raised
   by `main` as one line without a traceback, and exits with status 2. Logs this
   package from level INFO and others from WARNING, unless --verbosity is given.
-  SIGINT and SIGTERM end the process as `stop_signals` says.
+  SIGINT and SIGTERM end the process as `stop_signals` describes.
 
   Args:
     main: the command. --help prints the docstring of its module and its flags.

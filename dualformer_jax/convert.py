@@ -1,7 +1,8 @@
 r"""Converts a PyTorch file to a checkpoint folder, or back to a .pth file.
 
   python -m dualformer_jax.convert --config=configs/k400_tiny.py \
-    --src=model.pth --dst=DIR [--class_names=FILE] [--config.FIELD=VALUE ...]
+    --src=model.pth --dst=DIR [--config.FIELD=VALUE ...] \
+    [--class_names=data/kinetics400/labels.txt]
 
   python -m dualformer_jax.convert --src=DIR --dst=model.pth
 

@@ -2,7 +2,7 @@
 
 
 class UserError(ValueError):
-  """An error that the user can fix; the message says what and how.
+  """An error that the user can fix; the message states how.
 
   The message names the file or field, what was expected and what to do, in
   one line. Entry points print it without a traceback and exit with 2.

@@ -10,14 +10,14 @@ r"""Exports a checkpoint as one file, or uploads it to the Hugging Face Hub.
 Exported files run without this package. A .zip file has a StableHLO program,
 for CPUs, CUDA GPUs and TPUs, and its weights. It needs only JAX. The input is
 uint8 views of any number of videos, the output is probabilities averaged over
-views. JAX promises to read a program for six months; --renew exports it again
-from the weights in the file.
+views. JAX guarantees for six months that newer releases can read a program;
+--renew exports it again, from the weights in the file.
 
 A .onnx file needs the extra 'onnx'. The input is any number of uint8 views, the
 output is the probabilities of each.
 
-Both have the class names, the preprocessing, and a golden input with its
-expected output, which --check compares.
+Both have the class names, the preprocessing, and a test input with its expected
+output, which --check compares.
 
 --push uploads the checkpoint with a model card, and the file if --out is given.
 All commands then take hf://OWNER/NAME as --checkpoint.
@@ -64,7 +64,7 @@ def define_flags() -> None:
     "Type of the weights in --out; int8 needs the extra 'int8'.",
   )
   flags.DEFINE_string(
-    'check', None, 'An exported file to run on its golden input.'
+    'check', None, 'An exported file to run on its test input.'
   )
   flags.DEFINE_string(
     'renew',
@@ -167,7 +167,7 @@ def _export_program(
         recognizer
       )
     print(
-      'int8 weights change the probabilities of the golden input by up to '
+      'int8 weights change the probabilities of the test input by up to '
       f'{difference:.2g}'
     )
   is_onnx = out.suffix.lower() == '.onnx'
@@ -212,7 +212,7 @@ def _check(path: pathlib.Path) -> None:
     command_line.enable_compilation_cache()
     with progress.waiting('running the program'):
       difference, warning = exported.check_program(path)
-  print(f'{path}: agrees with its golden input to {difference:.2g}')
+  print(f'{path}: agrees with its expected output to {difference:.2g}')
   if warning:
     _LOG.warning('%s', warning)
 

@@ -23,7 +23,7 @@ from dualformer_jax.input_pipeline import dataset
 
 # Validation videos whose shape is easy to follow in few frames: it has no
 # symmetry and hardly touches the border, where it leaves to return on the other
-# side. The text is the label beside the frames.
+# side. The text is the label next to the frames.
 MOTIONS = {
   'validation/00433': 'moves right',
   'validation/00403': 'moves down',

@@ -53,8 +53,8 @@ and that of the paper. The interval is that of a 95% confidence level
 (Wilson). Views are clips per video x crops per clip. The dataset is
 identified by the fingerprint of its videos, the checkpoint by the SHA-256 of
 its parameters; both are shortened. Hours are those of training, on the
-hardware in the table. Rows with changed fields are not the recipe as it is
-published.
+hardware in the table. Rows with changed fields differ from the published
+recipe.
 
 `scripts/reproduce.sh RECIPE DATA` adds a row; this table is written by
 `scripts/results_table.py`.

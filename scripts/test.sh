@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs the tests in an environment of their own, which the first run creates.
+# Runs the tests in a virtual environment, which the first run creates.
 #
 #   scripts/test.sh [--fast] [arguments of pytest]
 #
-# --fast leaves out the slow tests: those that start several processes, train
+# --fast skips the slow tests: those that start several processes, train
 # by the command line, or compile whole models ahead of time.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"

@@ -1,1 +1,1 @@
-"""Eight classes of small videos that only motion tells apart."""
+"""Eight classes of small videos that differ only in motion."""

@@ -142,7 +142,7 @@ def client(address: object) -> ModuleType:
 
 @dataclasses.dataclass(frozen=True)
 class _Snapshot:
-  """A commit, and hashes of its files unless the Hub was not asked."""
+  """A commit and, if the Hub was asked, the hashes of its files."""
 
   commit: str
   hashes: dict[str, str] | None = None
@@ -243,7 +243,7 @@ def _download(address: Address, snapshot: _Snapshot, name: str) -> pathlib.Path:
       bad.unlink(missing_ok=True)
     raise UserError(
       f'{address}: {name} is not the file that the Hub lists (its hash differs '
-      f'from {expected}), so it was not kept: try again, and tell the owner if '
+      f'from {expected}), so it was removed: try again, and tell the owner if '
       'that does not help'
     )
   return path
@@ -300,12 +300,12 @@ class _UnreachableError(UserError):
 
 @contextlib.contextmanager
 def client_errors(address: Address) -> Iterator[None]:
-  """Makes errors of huggingface_hub UserErrors."""
+  """Turns errors of huggingface_hub into UserErrors."""
   try:
     yield
   except UserError:
     raise
-  except Exception as error:  # of its own, of HTTP clients and of sockets
+  except Exception as error:  # of the client, of HTTP libraries and of sockets
     raise _user_error(address, error) from error
 
 
@@ -344,7 +344,7 @@ def _user_error(address: Address, error: Exception) -> UserError:
     )
   if status == 412:
     return UserError(
-      f'{address}: somebody else has changed the repository meanwhile, so '
+      f'{address}: the repository was changed at the same time, so '
       'nothing was changed; look at it, then run the command again'
     )
   if isinstance(error, OSError) and error.errno in files.DISK_ERRORS:

@@ -38,7 +38,7 @@ STORAGES = {
 _DEFAULT_DICT = 'collections.defaultdict'
 _KNOWN = {ORDERED_DICT, _DEFAULT_DICT, REBUILD_TENSOR, _REBUILD_PARAMETER}
 _KNOWN |= {_REBUILD_WITH_STATE, _REBUILD_FROM_TYPE, *STORAGES}
-# Found beside the weights of real files, such as a best score that is a NumPy
+# Found next to the weights in real files, such as a best score that is a NumPy
 # scalar, the hyperparameters of Lightning, the history of losses of MMEngine or
 # a sparse tensor. They are never looked up; a placeholder stands for the
 # result.

@@ -1,7 +1,7 @@
 """Chooses the weights among what other trainers save in a checkpoint.
 
 Trainers wrap a state_dict in dictionaries, put prefixes before its names, and
-save averages (EMA) of the weights beside them.
+save averages (EMA) of the weights next to them.
 """
 
 import collections

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 _PLATFORMS = ('cpu', 'cuda', 'tpu')
 # Largest difference between probabilities on two platforms.
 _TOLERANCE = {'float32': 1e-3, 'bfloat16': 2e-2}
-# JAX promises that versions of the next six months read an exported program:
+# JAX guarantees that versions of the next six months read an exported program:
 # docs.jax.dev, "Compatibility guarantees" of exporting.
-_PROMISE, _MONTH = datetime.timedelta(days=182), datetime.timedelta(days=30)
+_GUARANTEE, _MONTH = datetime.timedelta(days=182), datetime.timedelta(days=30)
 # A fixed date, so that the same content gives the same file.
 _DATE = (1980, 1, 1, 0, 0, 0)
 
@@ -55,9 +55,10 @@ of a video. golden.npz has an example of `views` and the `probabilities` that
 they give. Weights are float32, or int8 and then multiplied by the float32 array
 whose name ends in `_int8_scale`.
 
-JAX promises to read the program until the date `readable_until` in
-description.json. `python -m dualformer_jax.export --renew={name} --overwrite`
-exports it again with the installed JAX.
+New releases of JAX are guaranteed to read the program until the date
+`readable_until` in description.json. To export it again with the installed JAX:
+
+  python -m dualformer_jax.export --renew={name} --overwrite
 """
 
 
@@ -116,7 +117,7 @@ def export_program(
     'platforms': list(_PLATFORMS),
     'jax': jax.__version__,
     'exported': today.isoformat(),
-    'readable_until': (today + _PROMISE).isoformat(),
+    'readable_until': (today + _GUARANTEE).isoformat(),
   }
   files = {
     'README.txt': _HOW_TO.format(
@@ -137,8 +138,8 @@ def export_program(
   platforms = ', '.join(_PLATFORMS)
   return (
     f'{description["input"]} -> {description["output"]}, for {platforms}; '
-    f'exported with jax {jax.__version__}, which JAX promises to read until '
-    f'{description["readable_until"]}'
+    f'exported with jax {jax.__version__}, which new releases are guaranteed '
+    f'to read until {description["readable_until"]}'
   )
 
 
@@ -160,11 +161,11 @@ def _metadata(recognizer: Recognizer) -> dict[str, Any]:
 
 
 def check_program(path: pathlib.Path) -> tuple[float, str | None]:
-  """Runs an exported file on its golden input, with JAX and NumPy alone.
+  """Runs an exported file on its test input, with JAX and NumPy alone.
 
   Returns:
-    The largest difference from the expected probabilities, and a warning if JAX
-    soon need not read the file any more.
+    The largest difference from the expected probabilities, and a warning if
+    JAX is soon no longer guaranteed to read the file.
 
   Raises:
     UserError: the file is damaged, cannot run on this machine, or its
@@ -198,7 +199,7 @@ def check_program(path: pathlib.Path) -> tuple[float, str | None]:
   difference = float(np.abs(probabilities - expected).max())
   if not difference <= tolerance:
     raise UserError(
-      f'{path}: probabilities of the golden input differ by {difference:.2g}, '
+      f'{path}: probabilities of the test input differ by {difference:.2g}, '
       f'more than {tolerance:g}; do not use the file on this machine'
     )
   return difference, warning
@@ -207,19 +208,19 @@ def check_program(path: pathlib.Path) -> tuple[float, str | None]:
 def expiry_warning(
   path: pathlib.Path, description: dict[str, Any], today: datetime.date
 ) -> str | None:
-  """Returns a warning if JAX promises to read a file for less than a month."""
+  """Returns a warning if the guarantee of JAX ends in less than a month."""
   if 'readable_until' not in description:
     return (
-      f'{path} does not state until when JAX promises to read it; export it '
-      'again from the checkpoint'
+      f'{path}: does not state until when JAX is guaranteed to read it; export '
+      'it again from the checkpoint'
     )
   until = datetime.date.fromisoformat(description['readable_until'])
   if until - today >= _MONTH:
     return None
-  verb = 'promised' if until < today else 'promises'
+  verb = 'was' if until < today else 'is'
   return (
-    f'{path}: JAX {verb} to read it until {until} only; export it again, or '
-    f'renew it with --renew={path} --overwrite'
+    f'{path}: JAX {verb} guaranteed to read it only until {until}; export it '
+    f'again, or renew it with --renew={path} --overwrite'
   )
 
 

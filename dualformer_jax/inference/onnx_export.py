@@ -55,7 +55,7 @@ def export_onnx(
     A line that describes input, output and agreement.
 
   Raises:
-    UserError: the probabilities of the golden input differ, or the file cannot
+    UserError: the probabilities of the test input differ, or the file cannot
       be written.
   """
   require_onnxruntime()
@@ -96,7 +96,7 @@ def export_onnx(
 
 
 def check_onnx(path: pathlib.Path) -> float:
-  """Runs an exported ONNX file on its golden input, without JAX.
+  """Runs an exported ONNX file on its test input, without JAX.
 
   Returns:
     The largest difference from the expected probabilities.
@@ -118,7 +118,7 @@ def check_onnx(path: pathlib.Path) -> float:
     ) from error
   if not difference <= _TOLERANCE:
     raise UserError(
-      f'{path}: probabilities of the golden input differ by {difference:.2g}, '
+      f'{path}: probabilities of the test input differ by {difference:.2g}, '
       f'more than {_TOLERANCE:g}; do not use the file on this machine'
     )
   return difference
@@ -127,7 +127,7 @@ def check_onnx(path: pathlib.Path) -> float:
 def _difference(
   content: bytes, description: Mapping[str, str] | None = None
 ) -> float:
-  """Runs the golden input, as one batch and view by view.
+  """Runs the test input, as one batch and view by view.
 
   Args:
     content: an ONNX file.
@@ -153,7 +153,7 @@ def _difference(
 def _golden(
   description: Mapping[str, str], sizes: list[int]
 ) -> tuple[UInt8[np.ndarray, 'v t h w 3'], Float[np.ndarray, 'v k']]:
-  """Returns the golden input and its expected output."""
+  """Returns the test input and its expected output."""
   if description['format'] != _FORMAT:
     raise ValueError(f'format {description["format"]!r}')
   compressed = base64.b64decode(description['golden_input'])

@@ -39,7 +39,7 @@ def push(
 
   Args:
     target: where to.
-    path: that of the checkpoint, as of `checkpoint.find`.
+    path: the checkpoint, as for `checkpoint.find`.
     extra_files: exported files of the same model.
     private: whether a new repository is private.
     license_name: identifier of a license on the Hub.
@@ -68,7 +68,7 @@ def push(
   )
   if kept := sorted(target.names - files.keys()):
     _LOG.warning(
-      '%s still has %s; delete there what is of other weights',
+      '%s still has %s; delete those that belong to other weights',
       address,
       listed(map(quote, kept)),
     )
@@ -103,8 +103,8 @@ def find_report(folder: pathlib.Path) -> dict[str, Any] | None:
     ) from error
   if kind not in kinds or step != folder.name:
     _LOG.warning(
-      '%s is of %s/%s, not of %s/%s, so the model card will state no scores; '
-      'push what was tested with --checkpoint=%s, or test this checkpoint',
+      '%s is the test of %s/%s, not of %s/%s, so the model card has no scores; '
+      'push the tested checkpoint with --checkpoint=%s, or test this one',
       path,
       kind,
       step,

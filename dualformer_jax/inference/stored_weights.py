@@ -95,7 +95,7 @@ def quantize_recognizer(
 
   Returns:
     The copy, its weights as they are stored, and the largest change of the
-    probabilities of a golden input.
+    probabilities of a test input.
   """
   weights = quantize(flatten(recognizer.variables))
   quantized = copy.copy(recognizer)

@@ -201,7 +201,7 @@ class PreparedDataset:
     """Returns the class of each video; -1 where its record cannot be read.
 
     Only for datasets of one label for each video. Reads the whole split the
-    first time, and saves the labels beside it.
+    first time, and saves the labels next to it.
     """
     path = self.folder / f'{self.split}.labels.npz'
     saved = record_files.load_arrays(path, 'fingerprint', 'labels')

@@ -48,7 +48,7 @@ def is_url(path: str) -> bool:
 class ObjectStore:
   """Files below a URL. Can be shared by threads, and pickled.
 
-  Failed requests are repeated.
+  Failed requests are retried.
 
   Attributes:
     url: the URL of the folder.
@@ -80,7 +80,7 @@ class ObjectStore:
       message = errors.missing_extra(f'{url}: reading it', extra)
       raise StoreError(message) from error
     except ValueError as error:
-      raise StoreError(f'{url}: is no valid URL: {error}') from error
+      raise StoreError(f'{url}: is not a valid URL: {error}') from error
     found = self._repeat(url, self._list)
     self.sizes = {
       path[len(self._root) :].strip('/'): int(entry['size'] or 0)
@@ -172,8 +172,8 @@ class ObjectStore:
 class DiskCache:
   """Parts of files on a local disk, up to a total size. Shared by processes.
 
-  What is in it stays: with videos in random order, replacing old ones would
-  find fewer of them.
+  Nothing is evicted: with videos in random order, that would lower the hit
+  rate.
   """
 
   def __init__(self, folder: pathlib.Path, max_bytes: int):
@@ -203,7 +203,7 @@ class DiskCache:
           file.write(content)
         self._free -= len(content)
       except OSError as error:  # as by a full disk
-        _LOG.warning('the cache is not written any more: %s', error)
+        _LOG.warning('the cache is no longer written: %s', error)
         self._free = 0
     return content
 

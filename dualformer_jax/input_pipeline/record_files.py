@@ -1,7 +1,7 @@
 """Random access to the records of TFRecord and ArrayRecord files.
 
 TFRecord files get an index of record offsets. It is built in one scan of the
-record headers and saved beside the files.
+record headers and saved next to the files.
 """
 
 from __future__ import annotations

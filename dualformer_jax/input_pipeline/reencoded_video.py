@@ -1,7 +1,7 @@
 """Fast decoding of the MP4 files that video_writer writes, from memory.
 
-In such a file, no frame is predicted from one of an odd index, so that those
-are decoded only if they are wanted. The tables of the file are read here (the
+In such a file, no frame depends on a frame of odd index, so these are decoded
+only if they are wanted. The tables of the file are read here (the
 boxes of ISO/IEC 14496-12), and packets are given to the decoder: FFmpeg takes
 as long to open a file as to decode five of its frames.
 """

@@ -1,6 +1,6 @@
 """Token labels of a whole dataset, computed once and read by index.
 
-A folder beside a prepared dataset has, for each video, the highest scores of
+A folder next to a prepared dataset has, for each video, the highest scores of
 every token of the whole frame, for clips spread over the video. The files are
 ArrayRecord with a record per video, in the dataset's order.
 """

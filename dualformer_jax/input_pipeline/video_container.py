@@ -135,7 +135,7 @@ class VideoContainer:
       self._is_complete = _is_complete(file, num_bytes)
       file.seek(0)
       try:
-        # FFmpeg reads a path faster by itself. The prefix keeps it from
+        # FFmpeg itself reads a path faster. The prefix keeps it from
         # interpreting a name as a URL.
         opened: Any = av.open(
           f'file:{os.path.abspath(self.path)}' if self.path else file,

@@ -399,7 +399,7 @@ class VideoReader:
 def _orient(
   frame: UInt8[np.ndarray, 'h w *c'], picture: av.VideoFrame
 ) -> UInt8[np.ndarray, 'h2 w2 *c']:
-  """Turns and mirrors a frame or plane as the file says for its picture.
+  """Rotates and mirrors a frame or plane by the display matrix of the file.
 
   The file has a matrix that maps stored to displayed coordinates: x a + y c and
   x b + y d. One that is not a multiple of right angles and flips is ignored.

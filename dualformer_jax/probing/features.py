@@ -1,6 +1,6 @@
 """Features of a frozen backbone: computed once, stored, and read by index.
 
-The folder of a split has features.json, which says what they are features of,
+The folder of a split has features.json, which names model, dataset and views,
 and files of at most 256 videos each, so an interruption loses little work:
 00000.npz has the mean of the tokens of each view, and 00000.npy all tokens.
 """
@@ -294,7 +294,7 @@ def _write(
 
 
 def _write_array(file: IO[bytes], array: np.ndarray) -> None:
-  """Writes an .npy file; np.save does not say that a disk is full."""
+  """Writes an .npy file; np.save does not report a full disk."""
   header = np.lib.format.header_data_from_array_1_0(array)
   np.lib.format.write_array_header_1_0(file, header)
   file.write(np.ascontiguousarray(array).data)

@@ -1,7 +1,7 @@
 """Trains many heads at once on stored features, one for each setting.
 
 All settings see the same batches and start from the same parameters, so each
-head is the one that would be trained alone.
+head is the same as if it were trained alone.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ _BATCH_SIZE = 128  # views
 _MIN_STEPS, _MIN_EPOCHS = 400, 20
 _WARMUP = 0.05  # share of the steps
 _ADAM = optax.scale_by_adam()
-# Forgets gradients soon, so that 400 steps reach the optimum.
+# A short average of squared gradients, so that 400 steps reach the optimum.
 _LINEAR_ADAM = optax.scale_by_adam(b2=0.95)
 
 

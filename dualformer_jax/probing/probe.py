@@ -55,10 +55,14 @@ class Data:
 class Probe:
   """The best of the probes of one kind.
 
-  `choice` and `test` are its accuracy, or mAP with several labels per video, on
-  the videos that it was chosen by and on those of the test. `loss` is the
-  cross-entropy on the former, which heads are chosen by, and `logits` are those
-  of all test views.
+  Attributes:
+    kind: one of KINDS, or 'nearest neighbors'.
+    setting: learning rate and weight decay, or the number of neighbors.
+    choice: accuracy on the videos to choose by; mAP with several labels.
+    test: the same on the test videos.
+    loss: cross-entropy on the videos to choose by; the lowest is chosen.
+    logits: logits of all test views.
+    params: parameters of the head.
   """
 
   kind: str
@@ -91,7 +95,7 @@ def probe(
 
   Args:
     config: Config of the dataset and the views.
-    source: Checkpoint folder or workdir of the model.
+    source: Checkpoint of the model, as for checkpoint.find.
     workdir: Folder of the report and of WORKDIR/checkpoints.
     features: Folder of the features; by default WORKDIR/features.
     kinds: Kinds of heads, of KINDS.

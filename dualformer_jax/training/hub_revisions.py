@@ -68,8 +68,7 @@ def _read_and_resolve(
       recorded = dict(json.loads(path.read_text('utf-8')))
     except (OSError, ValueError) as error:
       raise UserError(
-        f'{path}: cannot be read ({error}); remove it to use the present '
-        'commits'
+        f'{path}: cannot be read ({error}); remove it to use the latest commits'
       ) from error
   result = dict(recorded)
   for address in filter(hub.is_address, addresses):
@@ -83,7 +82,7 @@ def _read_and_resolve(
 
 
 def _of_first_process(address: str, error: UserError | None) -> str:
-  """Returns the address of process 0; raises its error, or that it has one."""
+  """Returns the address of process 0; raises an error if that failed."""
   if jax.process_count() > 1:
     padded = address.encode().ljust(_LONGEST, b'\0')
     array = np.frombuffer(padded, np.uint8)

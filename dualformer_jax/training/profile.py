@@ -112,8 +112,8 @@ def profile(
 def verdict(result: dict[str, Any], is_verbatim: bool) -> str:
   """Returns a sentence on the bottleneck, and what to change.
 
-  `result` is as `profile` returns it; `is_verbatim` says that videos are stored
-  as published.
+  `result` is as `profile` returns it; `is_verbatim` is whether videos are
+  stored as published.
   """
   rates, cores = result['clips_per_second'], result['cores']
   ratio = rates['input'] / rates['step']

@@ -247,7 +247,7 @@ def write_report(
 def _training_record(folder: pathlib.Path) -> dict[str, Any] | None:
   """Returns hours, hardware and config of training; None if converted.
 
-  The best checkpoint of a run has those of the latest one, as training went on.
+  The best checkpoint of a run has those of the latest one.
   """
   latest = checkpoint.latest_of(folder.parent.parent / checkpoint.LATEST)
   metadata = checkpoint.read_metadata(latest or folder)

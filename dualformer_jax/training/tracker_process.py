@@ -1,6 +1,6 @@
 """Process that sends a run to one tracker: Weights & Biases, MLflow or trackio.
 
-Trackers run in processes of their own, so that none can delay a step, handle
+Each tracker runs in a separate process, so that none can delay a step, handle
 the signals of training or keep it from ending. trackers.py starts this module
 and writes pickled messages to its stdin: ('open', fields of Run), then calls of
 the writer, (method, *arguments), until ('close', whether complete). The answers
@@ -316,7 +316,7 @@ WRITERS = {
 
 
 def main() -> None:
-  """Reads messages from stdin, and writes what they say to the tracker."""
+  """Reads messages from stdin, and passes them on to the tracker."""
   # Training handles these, and ends this process.
   for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)

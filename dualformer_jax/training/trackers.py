@@ -1,7 +1,7 @@
 """Sends metrics, reports and pictures to Weights & Biases, MLflow and trackio.
 
 Each tracker has a process (tracker_process.py). Writing to it never waits; if
-it fails or hangs, one warning is logged and training goes on without it.
+it fails or hangs, one warning is logged and training continues without it.
 """
 
 import atexit
@@ -30,7 +30,7 @@ from dualformer_jax.training import tracker_process
 Config = Any
 
 NAMES = tuple(tracker_process.WRITERS)
-# In the workdir: the ID of the run by tracker, and what the libraries print.
+# In the workdir: the ID of the run by tracker, and output of the libraries.
 STATE_FILE = 'trackers.json'
 LOG_FILE = 'trackers.log'
 _DEFAULT_PROJECT = 'dualformer'
@@ -200,7 +200,7 @@ class _Process:
       name, left = self._run.tracker, deadline - time.monotonic()
       _LOG.info('waiting for %s to send the rest, up to %.0f s', name, left)
       if not self._has_ended(max(0, left)):
-        self._fail('it has not finished in time, and was ended')
+        self._fail('it did not finish in time and was killed')
         with contextlib.suppress(ProcessLookupError):
           os.killpg(self._process.pid, signal.SIGKILL)
     self._process.wait()

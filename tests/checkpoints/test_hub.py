@@ -407,5 +407,5 @@ def test_local_paths_of_a_run_are_unchanged(tmp_path):
 
 def test_damaged_record_raises(tmp_path):
   (tmp_path / hub_revisions.FILE).write_text('{')
-  with one_line('remove it to use the present commits'):
+  with one_line('remove it to use the latest commits'):
     hub_revisions.pinned(config_with(init_from=URL), tmp_path)

@@ -120,7 +120,7 @@ def test_check_needs_neither_flax_nor_the_model(exported):
     check=False,
   )
   assert done.returncode == 0, done.stderr
-  assert 'agrees with its golden input' in done.stdout
+  assert 'agrees with its expected output' in done.stdout
 
 
 def test_check_of_a_program_with_other_probabilities_fails(
@@ -225,9 +225,9 @@ def test_too_little_space_is_reported_before_the_export(
 @pytest.mark.parametrize(
   ('today', 'words'),
   [
-    ('2027-02-01', 'promised to read it until 2027-01-31'),
-    ('2027-01-31', 'promises to read it until 2027-01-31'),
-    ('2027-01-02', 'promises to read it until 2027-01-31'),
+    ('2027-02-01', 'JAX was guaranteed to read it only until 2027-01-31'),
+    ('2027-01-31', 'JAX is guaranteed to read it only until 2027-01-31'),
+    ('2027-01-02', 'JAX is guaranteed to read it only until 2027-01-31'),
     ('2027-01-01', None),
   ],
 )
@@ -261,7 +261,7 @@ def test_check_warns_of_a_file_that_expires(run_command, exported, tmp_path):
   done = run_command(export, f'--check={path}', with_log=True)
   assert done.returncode == 0, done.stderr
   [line] = [x for x in done.stderr.splitlines() if x.startswith('W')]
-  assert f'{path}: JAX promises' in line
+  assert f'{path}: JAX is guaranteed' in line
 
   broken = tmp_path / 'broken.zip'
   rewrite(path, broken, {'program.stablehlo': b'of an old version'})
@@ -282,7 +282,7 @@ def test_renewed_file_has_a_new_date_and_the_same_output(
   rewrite(exported / 'model.zip', path, changes)
   done = run(f'--renew={path}', '--overwrite')
   assert (done.returncode, done.stderr) == (0, '')
-  assert f'jax {jax.__version__}, which JAX promises' in done.stdout
+  assert f'jax {jax.__version__}, which new releases' in done.stdout
   with (
     zipfile.ZipFile(exported / 'model.zip') as old,
     zipfile.ZipFile(path) as new,

@@ -145,7 +145,7 @@ def test_command_exports_and_checks(run, folder, tmp_path):
   assert 'onnxruntime agrees with JAX' in done.stdout
   done = run(f'--check={path}')
   assert (done.returncode, done.stderr) == (0, '')
-  assert 'agrees with its golden input' in done.stdout
+  assert 'agrees with its expected output' in done.stdout
 
 
 def test_check_of_other_files_fails_in_one_line(run, path, tmp_path):

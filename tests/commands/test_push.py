@@ -160,7 +160,7 @@ def test_existing_files_need_overwrite(push, server):
   flags = (f'--push={URL}', '--overwrite', '--license=mit')
   done = push(*flags, with_log=True)
   assert done.returncode == 0, done.stderr
-  assert f"{URL} still has 'old.zip'; delete there what" in done.stderr
+  assert f"{URL} still has 'old.zip'; delete those" in done.stderr
   assert server.model('owner/small').refs['main'] != first
   assert card_of(server)[0]['license'] == 'mit'
 
@@ -278,7 +278,7 @@ def test_training_from_the_hub_and_back(
   flags = (f'--checkpoint={workdir}', f'--push={own}', '--overwrite')
   done = run_command(export, *flags, with_log=True)
   assert done.returncode == 0, done.stderr
-  assert 'is of best/2, not of checkpoints/3' in done.stderr
+  assert 'is the test of best/2, not of checkpoints/3' in done.stderr
   assert 'without scores in the model card' in done.stdout
   (workdir / 'report.json').write_text('{')
   assert_fails(run_command(export, *flags), 'run the test again with --mode=te')

@@ -83,7 +83,8 @@ def test_the_search_finds_sections_of_all_sources(site):
   index = json.loads((site / 'search/search_index.json').read_text('utf-8'))
   found = {(entry['title'], entry['location']) for entry in index['docs']}
   expected = {
-    ('Token labeling', 'recipes/#token-labeling'),
+    ('Plan a run', 'many_devices/#plan-a-run'),
+    ('Test and report', 'training/#test-and-report'),
     ('Failures and preemption', 'many_hosts/#failures-and-preemption'),
     ('UCF101', 'datasets/ucf101/'),
     ('predict', 'reference/commands/#predict'),

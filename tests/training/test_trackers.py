@@ -156,7 +156,7 @@ def test_tracker_that_hangs_is_ended(fake, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(trackers, name, 2)
   assert write_and_close(tmp_path / 'run') < 5
   (warning,) = warnings_of(caplog)
-  assert 'has not finished in time' in warning
+  assert 'did not finish in time' in warning
   pid = int(log.read_text().splitlines()[1])
   assert not pathlib.Path(f'/proc/{pid}').exists()
 

@@ -71,7 +71,7 @@ def storage_configs(
 class VideoDatasetBuilder(
   tfds.core.GeneratorBasedBuilder, skip_registration=True
 ):
-  """Stores videos as TFDS records, with a report beside them.
+  """Stores videos as TFDS records, with a report.
 
   A subclass implements `_split_generators`: it finds the videos, passes them to
   `store` and the result to `examples`. TFDS renames the folder of records when

@@ -1,4 +1,4 @@
-"""The report beside a prepared dataset, and its summary in plain text."""
+"""The report of a prepared dataset, and its summary in plain text."""
 
 import collections
 from collections.abc import Sequence
