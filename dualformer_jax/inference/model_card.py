@@ -106,7 +106,9 @@ def _fields(
 def _usage(address: Address) -> Iterator[str]:
   yield '## Use'
   yield ''
-  yield f"    pip install '{_LIBRARY}[hub]'"
+  yield f'In a clone of {_LIBRARY}:'
+  yield ''
+  yield "    pip install -e '.[hub]'"
   yield ''
   yield '```python'
   yield f'import {_LIBRARY}'
