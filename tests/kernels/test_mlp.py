@@ -119,7 +119,7 @@ def _mlp_gpu(monkeypatch):
   module = importlib.import_module('dualformer_jax.kernels.mlp_gpu')
 
   def add_product(total, a, b):
-    return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
+    return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
 
   # The interpreter has no products of operands in registers.
   hopper = importlib.import_module('dualformer_jax.kernels.hopper')
@@ -132,8 +132,10 @@ def _mlp_gpu(monkeypatch):
   'channels',
   [
     64,
-    pytest.param(128, marks=pytest.mark.slow),
-    pytest.param(256, marks=pytest.mark.slow),
+    *(
+      pytest.param(channels, marks=pytest.mark.slow)
+      for channels in (96, 128, 192, 256, 384, 512)
+    ),
   ],
 )
 def test_gpu_kernels_and_gradients(mlp_gpu, channels):
@@ -153,9 +155,9 @@ def test_gpu_kernels_reject_unsupported_sizes():
 
 
 def test_gelu_of_gpu_kernels_is_exact():
-  mlp_gpu = importlib.import_module('dualformer_jax.kernels.mlp_gpu')
+  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
   x = np.linspace(-8, 8, 4001)
-  y, slope = (np.asarray(v) for v in mlp_gpu._gelu(jnp.asarray(x, 'float32')))
+  y, slope = (np.asarray(v) for v in hopper.gelu(jnp.asarray(x, 'float32')))
   cdf = np.array([0.5 * (1 + math.erf(v * 0.5**0.5)) for v in x])
   density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
   np.testing.assert_allclose(y, x * cdf, rtol=5e-7, atol=5e-7)
