@@ -6,6 +6,7 @@ cores; sums are float32.
 """
 
 from collections.abc import Callable
+import inspect
 import math
 from typing import Any
 
@@ -164,6 +165,11 @@ def kernel(
 ):
   """Returns a kernel whose programs are in `grid`, {axis: size}."""
   body.__name__ = name
+  estimate = {}
+  if 'cost_estimate' in inspect.signature(plgpu.kernel).parameters:  # jax 0.12
+    estimate['cost_estimate'] = pl.CostEstimate(
+      flops=flops, transcendentals=transcendentals, bytes_accessed=0
+    )
   return plgpu.kernel(
     body,
     out_type=out_type,
@@ -172,10 +178,8 @@ def kernel(
     grid_names=tuple(grid),
     num_threads=warpgroups if warpgroups > 1 else None,
     thread_name='warpgroup' if warpgroups > 1 else None,
-    cost_estimate=pl.CostEstimate(
-      flops=flops, transcendentals=transcendentals, bytes_accessed=0
-    ),
     compiler_params=plgpu.CompilerParams(approx_math=True),
+    **estimate,
   )
 
 
