@@ -93,9 +93,10 @@ def zeros(shape, layout: Any = plgpu.Layout.WGMMA):
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def load(ref, layout: Any = plgpu.Layout.WGMMA):
-  """Loads from memory into registers, as float32."""
-  return plgpu.load(ref, layout=layout).astype(jnp.float32)
+def load(ref, layout: Any = plgpu.Layout.WGMMA, optimized=True):
+  """Loads into registers, as float32; `optimized` needs shared memory."""
+  y = plgpu.load(ref, layout=layout, optimized=optimized)
+  return y.astype(jnp.float32)
 
 
 def load_by_row(ref, shape):
@@ -105,7 +106,7 @@ def load_by_row(ref, shape):
 
 def load_by_column(ref, shape):
   """Loads a vector [n] and broadcasts it to a matrix [m, n]."""
-  return by_column(load(ref, COLUMN), shape)
+  return by_column(load(ref, COLUMN, optimized=False), shape)
 
 
 def chunks(channels):

@@ -5,6 +5,11 @@ through its shared memory. Hidden activations stay in registers. The output of
 all channels is summed in registers, which one warpgroup can do for at most 256
 channels, and two, each for half of the channels, for 512: they share the hidden
 activations through shared memory.
+
+All programs together read the weights from the L2 cache: 1.6 GB for 25,088
+tokens of 512 channels, 0.30 ms on an H200, where the products take 0.15 ms.
+Separate operations would read about 1.2 GB from the L2 cache and move 0.2 GB of
+hidden activations from and to memory.
 """
 
 import dataclasses
@@ -118,7 +123,7 @@ def forward(x, scale, kernel, sums, bias, w2, b2):
 
       plgpu.barrier_wait(arrived)
       total = hopper.zeros((rows, channels // warpgroups))
-      total, *_ = run(step, (total, *hopper.statistics(x_tile, EPSILON)))
+      total = run(step, (total, *hopper.statistics(x_tile, EPSILON)))[0]
       for chunk in hopper.chunks(total.shape[1]):
         y = total[:, chunk]
         part = hopper.part(channels, warpgroups, chunk)
@@ -193,8 +198,8 @@ def input_gradient(x, dout, scale, kernel, sums, bias, w2):
       part = hopper.part(block, warpgroups)
       wait(3)
       dy = hopper.product(dout_tile, w2.at[part].transpose((1, 0)))
-      # The tiles that the last step stored can be overwritten.
-      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      if shares:  # The tiles that the last step stored can be overwritten.
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
       release(3)
       wait(0, 1, 2)
       y = _hidden_block(
