@@ -240,12 +240,6 @@ def stream(program, specs, arrays, steps, concurrent, met, warpgroups=1):
       )
 
     def run(step, carry):
-      @first(warpgroups)
-      def _():
-        for index in range(min(concurrent, steps)):
-          for i in range(len(arrays)):
-            copy(i, jnp.int32(index))
-
       def body(index, carry):
         slot = jax.lax.rem(index, jnp.int32(concurrent))
         blocks = [buffer.at[slot] for buffer in buffers]
@@ -267,6 +261,12 @@ def stream(program, specs, arrays, steps, concurrent, met, warpgroups=1):
         return step(index, blocks, wait, release, carry)
 
       return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
+
+    @first(warpgroups)
+    def _():
+      for index in range(min(concurrent, steps)):
+        for i in range(len(arrays)):
+          copy(i, jnp.int32(index))
 
     program(run)
 
