@@ -15,6 +15,7 @@ import pytest
 from dualformer_jax.kernels import dispatch, mlp
 from dualformer_jax.kernels.dispatch import Compute
 from tests import eight_devices
+from tests.kernels import interpreted_gpu
 
 NAMES = ('out', 'x', 'norm scale', 'norm bias', 'w1', 'b1', 'w2', 'b2')
 
@@ -110,39 +111,31 @@ def test_without_drop_path_the_branch_is_added():
   np.testing.assert_allclose(actual.reshape(y.shape), y, atol=1e-6)
 
 
-@pytest.fixture(name='mlp_gpu')
-def _mlp_gpu(monkeypatch):
-  """The kernels for Hopper, interpreted."""
-  if jax.__version_info__ < (0, 11):
-    pytest.skip('this version of JAX has no interpreter of GPU kernels')
-  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
-  module = importlib.import_module('dualformer_jax.kernels.mlp_gpu')
-
-  def add_product(total, a, b):
-    return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-
-  # The interpreter has no products of operands in registers.
-  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
-  monkeypatch.setattr(hopper, 'add_product', add_product)
-  with plgpu.force_gpu_interpret_mode():
-    yield module
+needs_interpreter = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11),
+  reason='this version of JAX has no interpreter of GPU kernels',
+)
 
 
+@needs_interpreter
 @pytest.mark.parametrize(
   'channels',
   [
     64,
-    384,
     *(
       pytest.param(channels, marks=pytest.mark.slow)
-      for channels in (96, 128, 192, 256, 512)
+      for channels in (96, 128, 192, 256)
     ),
   ],
 )
-def test_gpu_kernels_and_gradients(mlp_gpu, channels):
-  assert mlp_gpu.fits(2, 64, channels, 256)
-  arguments, dout = draw(2, 64, channels, 'bfloat16', hidden=256)
-  assert_agrees(mlp_gpu.mlp, arguments, dout, 2**-7)
+def test_gpu_kernels_and_gradients(channels):
+  interpreted_gpu.check(channels)
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_gpu_kernels_of_two_warpgroups_and_gradients():
+  interpreted_gpu.run(384, 512)
 
 
 def test_gpu_kernels_reject_unsupported_sizes():
