@@ -1,15 +1,23 @@
 """Building blocks of Pallas kernels for Hopper GPUs (Mosaic GPU).
 
-A program is one warpgroup. It multiplies tiles of shared memory, or an operand
-in registers by one of shared memory, on tensor cores; sums are float32.
+A program is one warpgroup, or several that share its rows. They multiply tiles
+of shared memory, or an operand in registers by one of shared memory, on tensor
+cores; sums are float32.
 """
 
+from collections.abc import Callable
+import inspect
+import math
 from typing import Any
 
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+
+# Weights of the approximation 7.1.26 of Abramowitz and Stegun.
+_ERF_SCALE = 0.3275911
+_ERF = (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429)
 
 
 def by_row(vector, shape):
@@ -29,7 +37,7 @@ COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 def _transforms(width):
   """Returns the layout of operands of tensor cores, for bfloat16."""
-  width = min(width, 64)
+  width = math.gcd(width, 64)
   transforms: Any = plgpu
   tiling = transforms.TilingTransform((8, width))
   return tiling, transforms.SwizzleTransform(2 * width)
@@ -39,10 +47,11 @@ def tile(rows, channels, width=64):
   """Returns an operand of tensor cores in shared memory, bfloat16.
 
   Both operands of a product need the same `width`, which divides their columns
-  and the number of products that are summed: 32 or 64.
+  and the number of products that are summed: 16, 32 or 64.
   """
   shape = rows, channels
-  return plgpu.SMEM(shape, jnp.bfloat16, transforms=_transforms(width))
+  transforms = _transforms(math.gcd(width, channels))
+  return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
 
 def vector(size):
@@ -52,7 +61,7 @@ def vector(size):
 
 def tile_spec(shape, index_map, width=64):
   """Returns the blocks of a pipeline that are operands of tensor cores."""
-  transforms = _transforms(min(width, shape[-1]))
+  transforms = _transforms(math.gcd(width, shape[-1]))
   return plgpu.BlockSpec(shape, index_map, transforms=transforms)
 
 
@@ -84,9 +93,10 @@ def zeros(shape, layout: Any = plgpu.Layout.WGMMA):
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
 
-def load(ref, layout: Any = plgpu.Layout.WGMMA):
-  """Loads from memory into registers, as float32."""
-  return plgpu.load(ref, layout=layout).astype(jnp.float32)
+def load(ref, layout: Any = plgpu.Layout.WGMMA, optimized=True):
+  """Loads into registers, as float32; `optimized` needs shared memory."""
+  y = plgpu.load(ref, layout=layout, optimized=optimized)
+  return y.astype(jnp.float32)
 
 
 def load_by_row(ref, shape):
@@ -96,7 +106,7 @@ def load_by_row(ref, shape):
 
 def load_by_column(ref, shape):
   """Loads a vector [n] and broadcasts it to a matrix [m, n]."""
-  return by_column(load(ref, COLUMN), shape)
+  return by_column(load(ref, COLUMN, optimized=False), shape)
 
 
 def chunks(channels):
@@ -129,17 +139,145 @@ def normalized(x_tile, chunk, mean, inverse):
   return y * by_row(inverse, y.shape)
 
 
-def kernel(body, name, out_type, scratch, grid, flops, transcendentals):
+def gelu(x):
+  """Returns the exact GELU, within 2e-7 of max(1, |x|), and its derivative.
+
+  With t = 1 / (1 + a |x|), 1 - erf(|x| / sqrt(2)) = poly(t) exp(-x^2 / 2).
+  """
+  size = jnp.abs(x)
+  t = jax.lax.rsqrt(1 + _ERF_SCALE * 0.5**0.5 * size)
+  t = t * t
+  poly = _ERF[-1] * t
+  for coefficient in _ERF[-2::-1]:
+    poly = (poly + coefficient) * t
+  density = jnp.exp(-0.5 * x * x)
+  tail = 0.5 * poly * density
+  cdf = jnp.where(x < 0, tail, 1 - tail)
+  return x * cdf, cdf + x * density * (2 * math.pi) ** -0.5
+
+
+def hidden(product, mean, inverse, sums, bias):
+  """Returns the input of GELU, from x w1' and broadcast vectors."""
+  return (product - mean * sums) * inverse + bias
+
+
+def kernel(
+  body, name, out_type, scratch, grid, flops, transcendentals, warpgroups=1
+):
   """Returns a kernel whose programs are in `grid`, {axis: size}."""
   body.__name__ = name
+  estimate = {}
+  if 'cost_estimate' in inspect.signature(plgpu.kernel).parameters:  # jax 0.12
+    estimate['cost_estimate'] = pl.CostEstimate(
+      flops=flops, transcendentals=transcendentals, bytes_accessed=0
+    )
   return plgpu.kernel(
     body,
     out_type=out_type,
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    cost_estimate=pl.CostEstimate(
-      flops=flops, transcendentals=transcendentals, bytes_accessed=0
-    ),
+    num_threads=warpgroups if warpgroups > 1 else None,
+    thread_name='warpgroup' if warpgroups > 1 else None,
     compiler_params=plgpu.CompilerParams(approx_math=True),
+    **estimate,
+  )
+
+
+def first(warpgroups: int) -> Callable[[Callable[[], None]], None]:
+  """Returns a decorator that runs a function in one warpgroup alone."""
+  if warpgroups == 1:
+    return lambda function: function()
+  return pl.when(jax.lax.axis_index('warpgroup') == 0)
+
+
+def part(size, warpgroups, within=None):
+  """Returns the slice of `size` elements that the current warpgroup has.
+
+  `within` is a slice of that part.
+  """
+  within = within or slice(0, size // warpgroups)
+  if warpgroups == 1:
+    return within
+  start = jax.lax.axis_index('warpgroup') * (size // warpgroups)
+  return pl.ds(start + within.start, within.stop - within.start)
+
+
+def meet(barrier, warpgroups):
+  """Waits for the other warpgroups, which then see what this one stored."""
+  plgpu.commit_smem()
+  if warpgroups > 1:
+    plgpu.barrier_arrive(barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def stream(program, specs, arrays, steps, concurrent, met, warpgroups=1):
+  """Runs a program that needs blocks of arrays one after the other.
+
+  Args:
+    program: called with a function `run`: (step, carry) -> carry, that calls
+      step(index, blocks, wait, release, carry) -> carry for each block. `wait`
+      and `release` take numbers of arrays, whose blocks are needed next, or no
+      longer. All warpgroups meet in `release`.
+    specs: blocks of each array.
+    arrays: in memory.
+    steps: number of blocks.
+    concurrent: number of blocks of an array that shared memory holds.
+    met: barrier with an arrival of each warpgroup.
+    warpgroups: warpgroups of the program.
+  """
+
+  def scoped(buffers, barriers):
+    def copy(i, index):
+      spec, slot = specs[i], jax.lax.rem(index, jnp.int32(concurrent))
+      starts = spec.index_map(index)
+      block = tuple(
+        pl.ds(start * size, size)
+        for start, size in zip(starts, spec.block_shape, strict=True)
+      )
+      plgpu.copy_gmem_to_smem(
+        arrays[i].at[block], buffers[i].at[slot], barriers[i].at[slot]
+      )
+
+    def run(step, carry):
+      def body(index, carry):
+        slot = jax.lax.rem(index, jnp.int32(concurrent))
+        blocks = [buffer.at[slot] for buffer in buffers]
+
+        def wait(*numbers):
+          for i in numbers:
+            plgpu.barrier_wait(barriers[i].at[slot])
+
+        def release(*numbers):
+          meet(met, warpgroups)
+
+          @pl.when(index + concurrent < steps)
+          def _():
+            @first(warpgroups)
+            def _():
+              for i in numbers:
+                copy(i, index + concurrent)
+
+        return step(index, blocks, wait, release, carry)
+
+      return jax.lax.fori_loop(jnp.int32(0), jnp.int32(steps), body, carry)
+
+    @first(warpgroups)
+    def _():
+      for index in range(min(concurrent, steps)):
+        for i in range(len(arrays)):
+          copy(i, jnp.int32(index))
+
+    program(run)
+
+  pl.run_scoped(
+    scoped,
+    [
+      plgpu.SMEM(
+        (concurrent, *spec.block_shape), array.dtype, transforms=spec.transforms
+      )
+      for spec, array in zip(specs, arrays, strict=True)
+    ],
+    [plgpu.Barrier(num_barriers=concurrent) for _ in specs],
+    collective_axes='warpgroup' if warpgroups > 1 else (),
   )

@@ -15,15 +15,16 @@ import pytest
 from dualformer_jax.kernels import dispatch, mlp
 from dualformer_jax.kernels.dispatch import Compute
 from tests import eight_devices
+from tests.kernels import interpreted_gpu
 
 NAMES = ('out', 'x', 'norm scale', 'norm bias', 'w1', 'b1', 'w2', 'b2')
 
 
-def draw(batch, tokens, channels, dtype):
+def draw(batch, tokens, channels, dtype, hidden=None):
   """Returns x, branch_scale, weights, and the gradient of the output."""
   rng = np.random.default_rng(0)
   normal = rng.standard_normal
-  hidden = 4 * channels
+  hidden = hidden or 4 * channels
   x = normal((batch, tokens, channels)) + 3 * normal((batch, tokens, 1))
   branch_scale = np.linspace(0.75, 1.5, batch)
   weights = (
@@ -110,36 +111,31 @@ def test_without_drop_path_the_branch_is_added():
   np.testing.assert_allclose(actual.reshape(y.shape), y, atol=1e-6)
 
 
-@pytest.fixture(name='mlp_gpu')
-def _mlp_gpu(monkeypatch):
-  """The kernels for Hopper, interpreted."""
-  if jax.__version_info__ < (0, 11):
-    pytest.skip('this version of JAX has no interpreter of GPU kernels')
-  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
-  module = importlib.import_module('dualformer_jax.kernels.mlp_gpu')
-
-  def add_product(total, a, b):
-    return total + jnp.dot(a, b[...], preferred_element_type=jnp.float32)
-
-  # The interpreter has no products of operands in registers.
-  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
-  monkeypatch.setattr(hopper, 'add_product', add_product)
-  with plgpu.force_gpu_interpret_mode():
-    yield module
+needs_interpreter = pytest.mark.skipif(
+  jax.__version_info__ < (0, 11),
+  reason='this version of JAX has no interpreter of GPU kernels',
+)
 
 
+@needs_interpreter
 @pytest.mark.parametrize(
   'channels',
   [
     64,
-    pytest.param(128, marks=pytest.mark.slow),
-    pytest.param(256, marks=pytest.mark.slow),
+    *(
+      pytest.param(channels, marks=pytest.mark.slow)
+      for channels in (96, 128, 192, 256)
+    ),
   ],
 )
-def test_gpu_kernels_and_gradients(mlp_gpu, channels):
-  assert mlp_gpu.fits(2, 64, channels, 4 * channels)
-  arguments, dout = draw(2, 64, channels, 'bfloat16')
-  assert_agrees(mlp_gpu.mlp, arguments, dout, 2**-7)
+def test_gpu_kernels_and_gradients(channels):
+  interpreted_gpu.check(channels)
+
+
+@needs_interpreter
+@pytest.mark.slow
+def test_gpu_kernels_of_two_warpgroups_and_gradients():
+  interpreted_gpu.run(384, 512)
 
 
 def test_gpu_kernels_reject_unsupported_sizes():
@@ -147,15 +143,16 @@ def test_gpu_kernels_reject_unsupported_sizes():
   assert mlp_gpu.fits(8, 16 * 56 * 56, 64, 256)
   assert mlp_gpu.fits(1, 16 * 14 * 14, 256, 1024)
   assert not mlp_gpu.fits(1, 16 * 14 * 14 + 1, 256, 1024)
-  assert not mlp_gpu.fits(1, 128, 96, 384)
+  assert mlp_gpu.fits(2, 16 * 14 * 14, 384, 1536)
+  assert not mlp_gpu.fits(1, 128, 768, 3072)
   assert not mlp_gpu.fits(1, 128, 64, 96)
   assert not mlp_gpu.fits(0, 128, 64, 256)
 
 
 def test_gelu_of_gpu_kernels_is_exact():
-  mlp_gpu = importlib.import_module('dualformer_jax.kernels.mlp_gpu')
+  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
   x = np.linspace(-8, 8, 4001)
-  y, slope = (np.asarray(v) for v in mlp_gpu._gelu(jnp.asarray(x, 'float32')))
+  y, slope = (np.asarray(v) for v in hopper.gelu(jnp.asarray(x, 'float32')))
   cdf = np.array([0.5 * (1 + math.erf(v * 0.5**0.5)) for v in x])
   density = np.exp(-0.5 * x**2) / math.sqrt(2 * math.pi)
   np.testing.assert_allclose(y, x * cdf, rtol=5e-7, atol=5e-7)

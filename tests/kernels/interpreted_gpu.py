@@ -1,0 +1,72 @@
+"""Kernels for Hopper GPUs on a CPU, in JAX's interpreter.
+
+`python -m tests.kernels.interpreted_gpu CHANNELS ...` checks the MLP branch.
+Kernels of several warpgroups need their own process: the interpreter blocks a
+thread of XLA for each, and XLA starts one for each core unless NPROC is set.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import importlib
+import os
+import pathlib
+import subprocess
+import sys
+from types import ModuleType
+from unittest import mock
+
+if __name__ == '__main__':
+  os.environ.update(JAX_PLATFORMS='cpu', NPROC='8')
+
+import jax.numpy as jnp
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@contextlib.contextmanager
+def mlp_gpu() -> Iterator[ModuleType]:
+  """Yields the kernels of the MLP branch, interpreted."""
+  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
+  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
+
+  def add_product(total, a, b):
+    return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
+
+  # The interpreter has no products of operands in registers.
+  with (
+    mock.patch.object(hopper, 'add_product', add_product),
+    plgpu.force_gpu_interpret_mode(),
+  ):
+    yield importlib.import_module('dualformer_jax.kernels.mlp_gpu')
+
+
+def run(*channels: int) -> None:
+  """Checks the MLP branch in another process."""
+  done = subprocess.run(
+    [
+      sys.executable,
+      '-m',
+      'tests.kernels.interpreted_gpu',
+      *map(str, channels),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+
+
+def check(channels: int) -> None:
+  """Asserts that the MLP branch and its gradients agree with float64."""
+  from tests.kernels import test_mlp
+
+  with mlp_gpu() as module:
+    assert module.fits(2, 64, channels, 256)
+    arguments, dout = test_mlp.draw(2, 64, channels, 'bfloat16', hidden=256)
+    test_mlp.assert_agrees(module.mlp, arguments, dout, 2**-7)
+
+
+if __name__ == '__main__':
+  for argument in sys.argv[1:]:
+    check(int(argument))
