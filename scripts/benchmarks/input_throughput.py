@@ -121,8 +121,8 @@ def read_originals(paths: list[pathlib.Path]) -> Callable[[int], object]:
     reader = decord.VideoReader(str(path), num_threads=1)
     picked = frame_sampling.train_frames(len(reader), 32, 2, rng)
     frames = reader.get_batch(picked).asnumpy()
-    frames = transforms.resize_short_side(frames, 256)
-    return transforms.random_resized_crop(frames, 224, rng)
+    decoded = transforms.Preprocessing(32, 1, 224)
+    return transforms.train_clips(frames, decoded, [rng])
 
   return read
 
