@@ -180,9 +180,10 @@ class ReencodedVideo:
         for picture in pictures:
           if picture.is_corrupt or (picture.height, picture.width) != size:
             raise DamagedError
-          if picture.pts in missing:
-            missing.remove(picture.pts)
-            yield picture.pts, picture
+          index = picture.pts
+          if index in missing:
+            missing.remove(index)
+            yield index, picture
       if missing:
         raise DamagedError
       context.flush_buffers()
@@ -296,9 +297,9 @@ def _repeat(
   values: Int64[np.ndarray, ' n'], counts: Int64[np.ndarray, ' n'], total: int
 ) -> Int64[np.ndarray, ' total']:
   """Repeats each value, `total` in all; refuses the counts of other totals."""
-  if (counts < 0).any() or counts.sum() != total:
+  if counts.sum() != total:
     raise ValueError(f'{counts.sum()} entries, expected {total}')
-  return np.repeat(values, counts)
+  return np.repeat(values, counts)  # raises ValueError if one is negative
 
 
 def _timescale(header: Content) -> int:
