@@ -8,14 +8,20 @@ import contextlib
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import cv2
 from jaxtyping import Int, UInt8
 import numpy as np
 
 from dualformer_jax import errors
-from dualformer_jax.input_pipeline import frame_sampling, video_container
+from dualformer_jax.input_pipeline import (
+  frame_sampling,
+  video_container,
+)
+from dualformer_jax.input_pipeline.reencoded_video import Box, crop
 from dualformer_jax.input_pipeline.video_reader import (
+  Frame,
   Planes,
   Source,
   Transform,
@@ -24,7 +30,6 @@ from dualformer_jax.input_pipeline.video_reader import (
 )
 
 Video = Source | UInt8[np.ndarray, 't h w 3']
-Box = tuple[int, int, int, int]  # top, left, height, width
 
 # Of a random crop: its share of the frame's area, and width over height.
 _MIN_AREA = 0.08
@@ -157,37 +162,36 @@ def train_clips(
     indices = np.stack(
       [train_frame_indices(p, len(reader), r, start_multiple) for r in rngs]
     )
-    frame_size, boxes = (0, 0), []
     # Where the clips have each frame: clip and time.
     places = collections.defaultdict(list)
-    for place, index in np.ndenumerate(indices):
-      places[int(index)].append(place)
+    for clip, clip_indices in enumerate(indices.tolist()):
+      for time, index in enumerate(clip_indices):
+        places[index].append((clip, time))
 
     def draw_boxes(size: tuple[int, int]) -> list[Box]:
       if random_crop:
         return [_random_box(size, rng) for rng in rngs]
       return [_center_box(size, p.image_size) for _ in rngs]
 
-    if yuv420 and reader.planes_short_side == short_side:
-      # Cropped as they are stored, as they need no resizing before.
-      for index, planes in reader.iter_planes(indices.ravel()):
-        if not boxes:
-          frame_size = planes[0].shape[0], planes[0].shape[1]
-          boxes = [_even_box(box) for box in draw_boxes(frame_size)]
-        for clip, time in places[index]:
-          _resize_planes_to(clips[clip, time], planes, boxes[clip])
-    else:
-      for index, frame in reader.iter_frames(indices.ravel()):
-        frame = resize_short_side(frame, short_side)
-        if not boxes:
-          frame_size = frame.shape[0], frame.shape[1]
-          boxes = draw_boxes(frame_size)
-        for clip, time in places[index]:
-          crop = _crop(frame, boxes[clip])
-          if yuv420:
-            clips[clip, time] = to_yuv420(resize(crop, size, size))
-          else:
-            resize_to(clips[clip, time], crop)
+    frame_size = reader.frame_size or (0, 0)
+    decode: Any = reader.iter_frames
+    boxes, parts, region = [], [], None  # of frames, of pictures
+    as_stored = min(frame_size) == short_side
+    if isinstance(reader, VideoReader) and as_stored:
+      # Pictures are only the part of frames that has all crops.
+      boxes = draw_boxes(frame_size)
+      if yuv420:
+        boxes, decode = [_even_box(box) for box in boxes], reader.iter_planes
+      region = _even_hull(boxes)
+      parts = [(b[0] - region[0], b[1] - region[1], *b[2:]) for b in boxes]
+    for index, picture in decode(indices.ravel(), region):
+      if not as_stored:
+        picture = resize_short_side(picture, short_side)
+      if not boxes:
+        frame_size = picture.shape[:2]
+        parts = boxes = draw_boxes(frame_size)
+      for clip, time in places[index]:
+        _resize_part_to(clips[clip, time], picture, parts[clip])
   locations = []
   for clip_indices, box in zip(indices, boxes, strict=True):
     if p.sampling == 'dense':  # Undoes looping.
@@ -241,9 +245,9 @@ def resize(
 
 
 def resize_to(
-  target: UInt8[np.ndarray, 'h2 w2 3'], frame: UInt8[np.ndarray, 'h w 3']
+  target: UInt8[np.ndarray, 'h2 w2 *c'], frame: UInt8[np.ndarray, 'h w *c']
 ) -> None:
-  """Writes a resized frame to `target`; see resize."""
+  """Writes a resized frame or plane to `target`; see resize."""
   height, width = target.shape[:2]
   if frame.shape == target.shape:
     target[...] = frame
@@ -301,19 +305,13 @@ def three_crops(
   return np.stack([_crop(frames, (y, x, size, size)) for y, x in corners])
 
 
-def random_resized_crop(
-  frames: UInt8[np.ndarray, 't h w 3'], size: int, rng: np.random.Generator
-) -> UInt8[np.ndarray, 't size size 3']:
-  """Crops a box of random area and aspect ratio, and resizes it to a square.
+def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
+  """Draws a box of random area and aspect ratio.
 
   The area is uniform in 0.08..1 of the frame's, the aspect ratio log-uniform
   in 3/4..4/3. After ten draws that do not fit, the center square is taken
   (Szegedy et al., Going Deeper with Convolutions, arXiv 1409.4842).
   """
-  return resize(_crop(frames, _random_box(frames.shape[1:3], rng)), size, size)
-
-
-def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
   height, width = size
   for _ in range(_MAX_CROP_ATTEMPTS):
     area = rng.uniform(_MIN_AREA, 1.0) * height * width
@@ -343,6 +341,14 @@ def _even_box(box: Box) -> Box:
   return top, left, max(2, height), max(2, width)
 
 
+def _even_hull(boxes: list[Box]) -> Box:
+  """Returns the smallest box of even numbers that has all boxes."""
+  top, left, _, _ = (min(numbers) & ~1 for numbers in zip(*boxes, strict=True))
+  bottom = max(box[0] + box[2] for box in boxes)
+  right = max(box[1] + box[3] for box in boxes)
+  return top, left, (bottom - top + 1) & ~1, (right - left + 1) & ~1
+
+
 def to_yuv420(
   frame: UInt8[np.ndarray, 'size size 3'],
 ) -> UInt8[np.ndarray, 'rows size']:
@@ -354,17 +360,22 @@ def to_yuv420(
   return cv2.cvtColor(frame, cv2.COLOR_RGB2YUV_I420)
 
 
-def _resize_planes_to(
-  target: UInt8[np.ndarray, 'rows size'], planes: Planes, box: Box
+def _resize_part_to(
+  target: UInt8[np.ndarray, 'size size 3'] | UInt8[np.ndarray, 'rows size'],
+  picture: Frame | Planes,
+  box: Box,
 ) -> None:
-  """Writes a resized crop of luma and chroma, as of to_yuv420, to `target`."""
+  """Writes a resized part of a picture to `target`, RGB or as of to_yuv420."""
+  part = crop(picture, box)
   size = target.shape[1]
-  chroma = target[size:].reshape(2, size // 2, size // 2)
-  for plane, out in zip(planes, (target[:size], *chroma), strict=True):
-    scale = len(planes[0]) // len(plane)
-    top, left, height, width = (number // scale for number in box)
-    crop = plane[top : top + height, left : left + width]
-    cv2.resize(crop, out.shape, out, interpolation=cv2.INTER_LINEAR)
+  if isinstance(part, tuple):
+    chroma = target[size:].reshape(2, size // 2, size // 2)
+    for plane, out in zip(part, (target[:size], *chroma), strict=True):
+      resize_to(out, plane)
+  elif target.ndim == 2:
+    target[...] = to_yuv420(resize(part, size, size))
+  else:
+    resize_to(target, part)
 
 
 def _crop(
@@ -379,7 +390,7 @@ class _FramesInMemory:
   """Frames with the methods of VideoReader that are used here."""
 
   frames: UInt8[np.ndarray, 't h w 3']
-  planes_short_side = None
+  frame_size = None
 
   def __len__(self) -> int:
     return len(self.frames)
@@ -390,14 +401,10 @@ class _FramesInMemory:
     return np.stack([transform(self.frames[index]) for index in indices])
 
   def iter_frames(
-    self, indices: Int[np.ndarray, ' n']
-  ) -> Iterator[tuple[int, UInt8[np.ndarray, 'h w 3']]]:
+    self, indices: Int[np.ndarray, ' n'], box: Box | None
+  ) -> Iterator[tuple[int, Frame]]:
+    assert box is None  # as frame_size is None
     return ((int(index), self.frames[index]) for index in np.unique(indices))
-
-  def iter_planes(
-    self, indices: Int[np.ndarray, ' n']
-  ) -> Iterator[tuple[int, Planes]]:
-    raise NotImplementedError  # as planes_short_side is None
 
 
 @contextlib.contextmanager

@@ -20,8 +20,10 @@ from jaxtyping import Float64, UInt8
 import numpy as np
 
 from dualformer_jax.input_pipeline.reencoded_video import (
+  Box,
   DamagedError,
   ReencodedVideo,
+  crop,
 )
 from dualformer_jax.input_pipeline.video_container import (
   FAILURES,
@@ -161,7 +163,7 @@ class VideoReader:
     """
     count = 0
     for time, picture in self._pictures(start, end):
-      yield time, self._to_rgb(picture)
+      yield time, self._convert_whole(self._to_rgb, None, picture)
       count += 1
     if not count and (start > 0.0 or end < math.inf):
       raise self._container.error(
@@ -199,38 +201,43 @@ class VideoReader:
       frames[places[index]] = frame
     return frames
 
+  @property
+  def frame_size(self) -> tuple[int, int] | None:
+    """Height and width of all frames of a file of video_writer; None of others.
+
+    Only such files have planes, and parts of their frames are decoded faster.
+    """
+    return self._reencoded.size if self._reencoded is not None else None
+
   def iter_frames(
-    self, indices: Sequence[int] | np.ndarray
+    self, indices: Sequence[int] | np.ndarray, box: Box | None = None
   ) -> Iterator[tuple[int, Frame]]:
     """Yields (index, frame) of each of the given indices, as of get_frames.
 
     They come as they are decoded, in order. Where the file turns out not to
     match its index, all come again, and replace those before.
-    """
-    return self._decode(indices, self._to_rgb)
 
-  @property
-  def planes_short_side(self) -> int | None:
-    """Short side of frames of iter_planes; None if it cannot be used.
-
-    It can be used for files of video_writer.
+    Args:
+      indices: of frames.
+      box: the part of the frames to yield, of even numbers; all by default.
     """
-    return min(self._reencoded.size) if self._reencoded is not None else None
+    return self._decode(indices, self._to_rgb, box)
 
   def iter_planes(
-    self, indices: Sequence[int] | np.ndarray
+    self, indices: Sequence[int] | np.ndarray, box: Box | None = None
   ) -> Iterator[tuple[int, Planes]]:
     """Yields frames as iter_frames does, with their colors as stored.
 
     Yields (index, (luma, blue, red)): BT.601 of limited range, the chroma with
     half the height and width.
     """
-    return self._decode(indices, self._to_planes)
+    return self._decode(indices, self._to_planes, box)
 
   def _decode(
     self,
     indices: Sequence[int] | np.ndarray,
-    convert: Callable[[Any], _Converted],
+    convert: Callable[[Any, tuple[int, int]], _Converted],
+    box: Box | None,
   ) -> Iterator[tuple[int, _Converted]]:
     """Yields what `convert` makes of the picture, or JPEG file, of an index."""
     wanted = sorted({int(index) for index in indices})
@@ -240,26 +247,21 @@ class VideoReader:
       self._check_index(wanted[-1], len(self._reencoded.times))
       # Otherwise FFmpeg finds out whether the file is damaged.
       with contextlib.suppress(DamagedError):
-        for index, picture in self._reencoded.decode(wanted):
-          yield index, convert(picture)
+        size = self._reencoded.size if box is None else box[2:]
+        for index, picture in self._reencoded.decode(wanted, box):
+          yield index, convert(picture, size)
         return
+    whole: Any = functools.partial(self._convert_whole, convert, box)
     if self._index is not None:
       self._check_index(wanted[-1], len(self._index.times))
       with contextlib.suppress(_WrongIndexError):
-        yield from self._decode_by_seeking(self._index, wanted, convert)
+        yield from self._decode_by_seeking(self._index, wanted, whole)
         return
-    yield from self._decode_by_counting(set(wanted), convert)
+    yield from self._decode_by_counting(set(wanted), whole)
 
   @functools.cached_property
   def _index(self) -> FrameIndex | None:
     return self._container.frame_index()
-
-  @property
-  def _stored_size(self) -> tuple[int, int]:
-    """Height and width of a stored picture, before it is oriented."""
-    if self._reencoded is not None:
-      return self._reencoded.size
-    return self._container.size
 
   def _pictures(
     self, start: float = 0.0, end: float = math.inf
@@ -276,34 +278,46 @@ class VideoReader:
         f'has {count} frames, but frame {index} was requested'
       )
 
-  def _to_rgb(self, picture: av.VideoFrame | av.Packet) -> Frame:
+  def _convert_whole(
+    self,
+    convert: Callable[[Any, tuple[int, int]], Any],
+    box: Box | None,
+    picture: av.VideoFrame | av.Packet,
+  ) -> Any:
+    """Converts a picture that FFmpeg did not crop."""
     if isinstance(picture, av.Packet):
-      return self._jpeg_to_rgb(picture)
-    height, width = self._stored_size
+      converted = self._jpeg_to_rgb(picture)
+    else:
+      converted = _orient(convert(picture, self._container.size), picture)
+    return converted if box is None else crop(converted, box)
+
+  def _to_rgb(self, picture: av.VideoFrame, size: tuple[int, int]) -> Frame:
+    height, width = size
     try:
       # By default the conversion starts threads, and is slower.
       rgb = self._reformatter.reformat(
         picture, width, height, 'rgb24', threads=1
-      ).to_ndarray()
+      )
     except FAILURES as error:
       raise self._container.error(
         'cannot be converted to RGB', error
       ) from error
-    return _orient(rgb, picture)
+    plane: Any = rgb.planes[0]
+    strides = plane.line_size, 3, 1
+    return np.ndarray((height, width, 3), np.uint8, plane, 0, strides)
 
-  def _to_planes(self, picture: av.VideoFrame) -> Planes:
-    height, width = self._stored_size
+  def _to_planes(self, picture: av.VideoFrame, size: tuple[int, int]) -> Planes:
+    height, width = size
     found = picture.format.name, picture.height, picture.width
     if found != ('yuv420p', height, width) or height % 2 or width % 2:
       raise self._container.error(
         f'has a frame that is {found}, expected yuv420p of even size'
       )
+    planes: Any = picture.planes
     luma, blue, red = (
-      np.frombuffer(memoryview(plane), np.uint8).reshape(plane.height, -1)
-      for plane in picture.planes
+      np.ndarray((p.height, p.width), np.uint8, p, 0, (p.line_size, 1))
+      for p in planes
     )
-    planes = luma[:, :width], blue[:, : width // 2], red[:, : width // 2]
-    luma, blue, red = (_orient(plane, picture) for plane in planes)
     return luma, blue, red
 
   def _decode_by_counting(
@@ -396,14 +410,14 @@ class VideoReader:
     return _orient(cv2.cvtColor(bgr, cv2.COLOR_BGR2RGB), self._oriented)
 
 
-def _orient(
-  frame: UInt8[np.ndarray, 'h w *c'], picture: av.VideoFrame
-) -> UInt8[np.ndarray, 'h2 w2 *c']:
-  """Rotates and mirrors a frame or plane by the display matrix of the file.
+def _orient(frame: Any, picture: av.VideoFrame) -> Any:
+  """Rotates and mirrors a frame or planes by the display matrix of the file.
 
   The file has a matrix that maps stored to displayed coordinates: x a + y c and
   x b + y d. One that is not a multiple of right angles and flips is ignored.
   """
+  if isinstance(frame, tuple):
+    return tuple(_orient(plane, picture) for plane in frame)
   try:
     data: Any = picture.side_data.get('DISPLAYMATRIX')
   except ValueError:  # PyAV 18 does not know EXIF data, only its rotation.

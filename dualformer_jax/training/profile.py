@@ -188,7 +188,8 @@ def _time_stages(
       with video_reader.VideoReader(video) as reader:
         multiple = dataset.start_multiple
         indices = transforms.train_frame_indices(p, len(reader), rng, multiple)
-        as_stored = reader.planes_short_side == dataset.train_short_side
+        size = reader.frame_size
+        as_stored = size and min(size) == dataset.train_short_side
         if dataset.yuv420 and as_stored:
           frames = reader.iter_planes(indices)
         else:

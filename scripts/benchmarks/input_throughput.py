@@ -9,11 +9,14 @@ implementation does (pip install decord).
 
 Measures every row in every round, and prints medians. Rates on one core are of
 CPU time, which other programs affect less. The scaling with threads is of wall
-time, and needs an idle machine.
+time, and needs an idle machine; that of processes, which share nothing, shows
+what the machine allows.
 """
 
 from collections.abc import Callable
+from concurrent import futures
 import json
+import multiprocessing
 import operator
 import os
 import pathlib
@@ -121,8 +124,8 @@ def read_originals(paths: list[pathlib.Path]) -> Callable[[int], object]:
     reader = decord.VideoReader(str(path), num_threads=1)
     picked = frame_sampling.train_frames(len(reader), 32, 2, rng)
     frames = reader.get_batch(picked).asnumpy()
-    frames = transforms.resize_short_side(frames, 256)
-    return transforms.random_resized_crop(frames, 224, rng)
+    decoded = transforms.Preprocessing(32, 1, 224)
+    return transforms.train_clips(frames, decoded, [rng])
 
   return read
 
@@ -150,11 +153,25 @@ def rate_of_threads(
   return 4 * batches / seconds
 
 
+def rate_of_processes(
+  pool: futures.Executor, dataset: PreparedDataset, number: int, num_clips: int
+) -> float:
+  """Returns the clips per second of loaders of one thread each."""
+  same = [dataset] * number
+  return sum(
+    pool.map(rate_of_threads, same, [1] * number, [num_clips] * number)
+  )
+
+
 def main() -> None:
   """Prepares, measures and prints a table."""
   cv2.setNumThreads(0)
   all_cores = sorted(os.sched_getaffinity(0))
-  with tempfile.TemporaryDirectory() as out:
+  spawn = multiprocessing.get_context('spawn')
+  with (
+    tempfile.TemporaryDirectory() as out,
+    futures.ProcessPoolExecutor(len(all_cores), spawn) as pool,
+  ):
     forms = [('reencoded', int(crf)) for crf in FLAGS.crf]
     forms += [('jpeg', 18), ('verbatim', 18)]
     datasets = {
@@ -185,6 +202,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in readers}
     threads = sorted({1, 2, len(all_cores)} & set(range(1, len(all_cores) + 1)))
     scaling: dict[int, list[float]] = {n: [] for n in threads}
+    separate: dict[int, list[float]] = {n: [] for n in threads}
     for turn in tqdm.trange(FLAGS.rounds, desc='Measuring'):
       os.sched_setaffinity(0, all_cores[:1])
       for name, read in readers.items():
@@ -197,6 +215,9 @@ def main() -> None:
         kept.append(
           rate_of_threads(datasets[best], number, number * FLAGS.clips)
         )
+        separate[number].append(
+          rate_of_processes(pool, datasets[best], number, FLAGS.clips)
+        )
       os.sched_setaffinity(0, all_cores)
   medians = {name: statistics.median(values) for name, values in rates.items()}
   base = medians['original files, decord and OpenCV']
@@ -206,10 +227,11 @@ def main() -> None:
     size = sizes[name] / 1e6
     print(f'| {name} | {size:.2f} | {rate:.1f} | {rate / base:.1f} |')
   by_threads = {n: statistics.median(values) for n, values in scaling.items()}
-  for number, values in scaling.items():
-    pairs = zip(values, scaling[1], strict=True)
-    ratio = statistics.median(many / one for many, one in pairs)
-    print(f'{best}, {number} threads on as many cores: {ratio:.2f} times one')
+  for kind, rates_of in {'threads': scaling, 'processes': separate}.items():
+    for number, values in rates_of.items():
+      pairs = zip(values, rates_of[1], strict=True)
+      ratio = statistics.median(many / one for many, one in pairs)
+      print(f'{best}, {number} {kind} on as many cores: {ratio:.2f} times one')
   if FLAGS.json:
     content = {
       'machine': platform.processor() or platform.machine(),

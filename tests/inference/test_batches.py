@@ -213,9 +213,9 @@ def test_each_frame_is_decoded_once(one_view, paths, monkeypatch):
   converted = []
   to_rgb = video_reader.VideoReader._to_rgb
 
-  def count(self, frame):
+  def count(self, frame, size):
     converted.append(frame.pts)
-    return to_rgb(self, frame)
+    return to_rgb(self, frame, size)
 
   monkeypatch.setattr(video_reader.VideoReader, '_to_rgb', count)
   with video_reader.VideoReader(paths[0]) as reader:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+import copy
 import pathlib
 
 import cv2
@@ -144,7 +146,7 @@ def test_frames_of_the_target_size_are_unchanged():
   )
 
 
-def corners(crops: list[np.ndarray], size: int) -> np.ndarray:
+def corners(crops: Sequence[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
   """Top, left, height and width of crops of numbered(1, h, w), found again."""
   found = []
   for crop in crops:
@@ -160,9 +162,9 @@ def test_random_resized_crops_have_the_documented_distribution():
   frames = numbered(1, 160, 240)
   rng = np.random.default_rng(0)
   size = 24
-  crops = [
-    transforms.random_resized_crop(frames, size, rng) for _ in range(1500)
-  ]
+  crops, _ = transforms.train_clips(
+    frames, transforms.Preprocessing(1, 1, size), [rng] * 1500, short_side=160
+  )
   top, left, height, width = corners(crops, size).T
   area, aspect = height * width / (160 * 240), width / height
   # Corners are found to about a pixel.
@@ -185,8 +187,13 @@ def test_random_resized_crops_have_the_documented_distribution():
 
 def test_frame_that_fits_no_random_crop_gives_the_center():
   frames = numbered(2, 8, 200)
-  crop = transforms.random_resized_crop(frames, 8, np.random.default_rng(0))
-  np.testing.assert_array_equal(crop, frames[:, :, 96:104])
+  (clip,), _ = transforms.train_clips(
+    frames,
+    transforms.Preprocessing(2, 1, 8),
+    [np.random.default_rng(0)],
+    short_side=8,
+  )
+  np.testing.assert_array_equal(clip, frames[:, :, 96:104])
 
 
 def test_frames_of_a_train_clip_have_the_same_crop():
@@ -230,7 +237,8 @@ def test_uniform_sampling_spreads_over_the_video():
   assert (np.diff(clip[:, 0, 0, 0].astype(int)) >= 0).all()
 
 
-def test_bytes_path_and_frames_give_the_same_clips(tmp_path):
+@pytest.mark.parametrize('short_side', [48, 56])
+def test_bytes_path_and_frames_give_the_same_clips(tmp_path, short_side):
   rng = np.random.default_rng(0)
   video = video_writer.encode_mp4(
     rng.integers(0, 256, (50, 48, 64, 3), dtype=np.uint8), fps=25
@@ -240,8 +248,11 @@ def test_bytes_path_and_frames_give_the_same_clips(tmp_path):
   sources = (video, path, str(path), videos.decode_all(video))
   preprocessing = transforms.Preprocessing(8, 2, 32, num_clips=2, num_crops=3)
   tests = [transforms.eval_views(source, preprocessing) for source in sources]
+  rngs = np.random.default_rng(3).spawn(2)
   clips = [
-    transforms.train_clips(source, preprocessing, [np.random.default_rng(3)])[0]
+    transforms.train_clips(
+      source, preprocessing, copy.deepcopy(rngs), short_side=short_side
+    )[0]
     for source in sources
   ]
   for found in (tests, clips):

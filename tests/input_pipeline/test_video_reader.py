@@ -13,6 +13,7 @@ from PIL import Image
 import pytest
 
 from dualformer_jax.input_pipeline import video_writer
+from dualformer_jax.input_pipeline.reencoded_video import ReencodedVideo
 from dualformer_jax.input_pipeline.video_reader import VideoError, VideoReader
 from tests.input_pipeline import videos
 
@@ -179,6 +180,40 @@ def test_any_frames_of_our_files_have_the_pixels_of_a_full_decode():
         )
 
 
+@pytest.mark.parametrize('kind', ['content', 'path', 'damaged'])
+def test_parts_have_the_pixels_of_a_full_decode(tmp_path, monkeypatch, kind):
+  """Also where the file is not, or cannot be, decoded without FFmpeg."""
+  video = video_writer.encode_mp4(videos.moving(20, 84, 100), fps=25)
+  source = path = tmp_path / 'video.mp4'
+  path.write_bytes(video)
+  if kind != 'path':
+    source = video
+  if kind == 'damaged':
+    monkeypatch.setattr(ReencodedVideo, '_crop', lambda *_: b'damaged')
+  container: Any
+  with av.open(path) as container:
+    pictures = list(container.decode(video=0))
+  rgb = videos.decode_all(video)
+  rng = np.random.default_rng(0)
+  with VideoReader(source) as reader:
+    for _ in range(20):
+      top, bottom = 2 * np.sort(rng.choice(43, 2, replace=False))
+      left, right = 2 * np.sort(rng.choice(51, 2, replace=False))
+      box = int(top), int(left), int(bottom - top), int(right - left)
+      wanted = [2, 6, 7, 19]
+      for index, part in reader.iter_frames(wanted, box):
+        assert index == wanted.pop(0)
+        expected = rgb[index, top:bottom, left:right]
+        np.testing.assert_array_equal(part, expected)
+      assert not wanted
+      for index, (luma, *chroma) in reader.iter_planes([3, 8], box):
+        rows = pictures[index].to_ndarray()
+        np.testing.assert_array_equal(luma, rows[top:bottom, left:right])
+        whole = rows[84:].reshape(2, 42, 50)
+        half = whole[:, top // 2 : bottom // 2, left // 2 : right // 2]
+        np.testing.assert_array_equal(chroma, half)
+
+
 @pytest.mark.parametrize(
   ('wanted', 'needed'),
   [
@@ -246,12 +281,12 @@ def test_other_structures_are_not_taken_for_ours(changed):
     frames, 'libx264', 'mp4', **{'x264-params': f'{ours}:{changed}'}
   )
   with VideoReader(video) as reader:
-    assert reader.planes_short_side is None
+    assert reader.frame_size is None
     found = reader.get_frames(range(0, 64, 2))
   np.testing.assert_array_equal(found, videos.decode_all(video)[::2])
   video = videos.encode(frames, 'libx264', 'mp4', **{'x264-params': ours})
   with VideoReader(video) as reader:
-    assert reader.planes_short_side == 80
+    assert reader.frame_size == (80, 96)
 
 
 @pytest.mark.parametrize('name', videos.ORIENTATIONS)
