@@ -25,8 +25,8 @@ from dualformer_jax.stop_signals import stop_signals
 LOG_FORMAT = '{levelname[0]}{asctime} {filename}:{lineno}] {message}'
 TIME_FORMAT = '%m%d %H:%M:%S'
 CHECKPOINT_HELP = (
-  'A checkpoint folder, the workdir of a training run, or a model on the '
-  'Hugging Face Hub: hf://OWNER/NAME[@REVISION].'
+  'A checkpoint folder or the workdir of a training run, also at gs:// or '
+  's3://, or a model on the Hugging Face Hub: hf://OWNER/NAME[@REVISION].'
 )
 
 # Messages of ml_collections: an unknown field, and a missing config file.

@@ -7,7 +7,7 @@ saving and hashing.
 Models are also read from portable checkpoints; see portable.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import functools
@@ -19,11 +19,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dualformer_jax.checkpoints import hub, portable
 from dualformer_jax.checkpoints import metadata as metadata_lib
+from dualformer_jax.checkpoints import portable, stored_folder
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
   CheckpointMetadata,
@@ -34,8 +35,7 @@ from dualformer_jax.files import atomic_write
 from dualformer_jax.models.dualformer import DualFormer
 
 # Folders in the workdir of a training run.
-LATEST = 'checkpoints'
-BEST = 'best'
+LATEST, BEST = stored_folder.LATEST, stored_folder.BEST
 
 _CHECKSUMS = 'SHA256SUMS'
 _EMA = 'ema_params'  # averages, which readers use in place of 'params'
@@ -48,9 +48,28 @@ class Checkpoints:
   host memory. One save runs at a time. Not thread-safe.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep: int = 1):
-    """Opens the folder, and creates it if needed."""
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    keep: int = 1,
+    *,
+    is_shared: bool = True,
+    on_saved: Callable[[pathlib.Path], object] | None = None,
+  ):
+    """Opens the folder, and creates it if needed.
+
+    Args:
+      folder: where the checkpoints are.
+      keep: how many there are at most.
+      is_shared: whether all processes see the same folder. If not, process 0
+        saves whole arrays in its own.
+      on_saved: called by process 0 in a thread, with each complete checkpoint.
+    """
     self._folder = pathlib.Path(os.path.abspath(folder))
+    self._is_shared = is_shared or jax.process_count() == 1
+    self._on_saved = on_saved
+    if not self._is_shared:
+      self._folder.mkdir(parents=True, exist_ok=True)
     # Any: for type checkers, Orbax's policies do not follow its protocols.
     always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     last: Any = ocp.training.preservation_policies.LatestN(keep)
@@ -81,9 +100,12 @@ class Checkpoints:
     latest = self._checkpointer.latest
     if latest is not None and latest.step >= metadata.step:
       return
+    arrays = _with_arrays(trees)
+    if not self._is_shared:
+      arrays = jax.tree.map(_whole, arrays)
     with _writing(self._folder):
       self._checkpointer.save_checkpointables_async(
-        metadata.step, _with_arrays(trees), custom_metadata=metadata.to_json()
+        metadata.step, arrays, custom_metadata=metadata.to_json()
       )
     self._pending = self._executor.submit(self._finish, metadata.step)
 
@@ -129,6 +151,17 @@ class Checkpoints:
     self._checkpointer.wait()
     if jax.process_index() == 0:
       _write_checksums(self._folder / str(step))
+      if self._on_saved is not None:
+        self._on_saved(self._folder / str(step))
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+  """Returns a whole array on each host; Orbax saves that of process 0."""
+  if not array.is_fully_replicated:
+    assert isinstance(array.sharding, NamedSharding)
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+    array = jax.jit(lambda x: x, out_shardings=replicated)(array)
+  return np.array(array.addressable_data(0))
 
 
 def save_model(
@@ -219,10 +252,11 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
   """Finds a checkpoint folder; raises UserError if there is none.
 
   The path is a checkpoint folder, or the workdir of a training run or its
-  folder of checkpoints, for the latest one. An address on the Hugging Face Hub,
-  hf://OWNER/NAME[@REVISION], is downloaded.
+  folder of checkpoints, for the latest one. If it is a URL with gs:// or s3://,
+  or an address on the Hugging Face Hub, hf://OWNER/NAME[@REVISION], the
+  checkpoint is downloaded.
   """
-  folder = hub.local_path(path).absolute()
+  folder = stored_folder.local_path(path).absolute()
   if not folder.is_dir():
     raise UserError(
       f'no checkpoint folder at {path}; to convert a .pth file, run python -m '

@@ -1,0 +1,131 @@
+"""Clients of object stores, and where copies of their files are on this disk.
+
+Failed requests are repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+import logging
+import os
+import pathlib
+import re
+import tempfile
+import time
+from typing import Any, TypeVar
+
+import fsspec
+
+from dualformer_jax.errors import UserError
+
+# The package's extra with the client of each protocol.
+_EXTRAS = {'gs': 'gcs', 's3': 's3', 'hf': 'hub'}
+# Half a minute in all, besides the time of the requests.
+_ATTEMPTS = 8
+_FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
+# Folders of `copy_folder`; those of processes other than 0 have a number.
+_COPIES = re.compile(r'(?:workdirs|tests|copies)(?:-\d+)?')
+_LOG = logging.getLogger(__name__)
+
+_Result = TypeVar('_Result')
+
+
+class StoreError(UserError):
+  """An object store that cannot be used. Unlike a damaged video, it ends a run.
+
+  Otherwise, what a run sees would depend on the network.
+  """
+
+
+def open_store(url: str, purpose: str = 'reading it') -> tuple[Any, str]:
+  """Returns fsspec's client of a URL, and the path of the URL there.
+
+  Raises:
+    StoreError: the URL is invalid, or the client is not installed.
+  """
+  protocol = url.partition('://')[0]
+  if protocol not in _EXTRAS:
+    expected = ', '.join(f'{name}://' for name in _EXTRAS)
+    raise StoreError(f'{url}: expected a path, or a URL with {expected}')
+  try:
+    return fsspec.url_to_fs(url.rstrip('/'))
+  except ImportError as error:
+    extra = _EXTRAS[protocol]
+    raise StoreError(
+      f'{url}: {purpose} needs the extra {extra!r}: pip install'
+      f" 'dualformer_jax[{extra}]'"
+    ) from error
+  except ValueError as error:
+    raise StoreError(f'{url}: is no valid URL: {error}') from error
+
+
+def repeat(
+  what: str, function: Callable[[], _Result], verb: str = 'read'
+) -> _Result:
+  """Calls a function, which accesses `what`, until it succeeds.
+
+  Raises:
+    StoreError: repeating does not help, or did not. The message says that
+      `what` cannot be `verb`.
+  """
+  wait = _FIRST_WAIT
+  for attempt in range(1, _ATTEMPTS + 1):
+    try:
+      return function()
+    except FileNotFoundError as error:
+      raise StoreError(f'{what}: does not exist') from error
+    except Exception as error:  # The clients of the stores raise anything.
+      reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
+      if isinstance(error, PermissionError) or 'Credential' in reason:
+        raise StoreError(
+          f'{what}: access is denied ({reason}); log in with the tools of the'
+          ' store, or check its permissions'
+        ) from error
+      if attempt == _ATTEMPTS:
+        raise StoreError(
+          f'{what}: cannot be {verb}, after {attempt} attempts: {reason}'
+        ) from error
+      # A single failure is no news.
+      level = logging.DEBUG if attempt < 3 else logging.INFO
+      _LOG.log(level, '%s: %s; trying again', what, reason)
+      time.sleep(wait)
+      wait = min(2 * wait, _LONGEST_WAIT)
+  raise AssertionError
+
+
+def cache_folder() -> pathlib.Path:
+  """Returns this package's folder in XDG_CACHE_HOME or ~/.cache."""
+  try:
+    folder = pathlib.Path('~/.cache').expanduser()
+  except RuntimeError:  # There is no home folder.
+    folder = pathlib.Path(tempfile.gettempdir())
+  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or folder)
+  return folder.absolute() / 'dualformer_jax'
+
+
+def copy_folder(kind: str, url: str) -> pathlib.Path:
+  """Returns the local folder for copies of files below a URL.
+
+  Args:
+    kind: 'workdirs' of runs, 'tests' of runs that only test, or 'copies' of
+      what is only read; processes other than 0 append '-' and their index.
+    url: URL of a folder or file.
+
+  Raises:
+    StoreError: the URL has a part that is no name.
+  """
+  protocol, _, rest = url.partition('://')
+  parts = rest.strip('/').split('/')
+  if {'', '.', '..'} & set(parts):
+    raise StoreError(f'{url}: expected {protocol}://BUCKET/FOLDER')
+  return cache_folder().joinpath(kind, protocol, *parts)
+
+
+def shown(path: str | os.PathLike[str]) -> str:
+  """Returns the URL that a path is a copy of, or else the path."""
+  path = pathlib.Path(path)
+  if path.is_relative_to(cache_folder()):
+    kind, *rest = path.relative_to(cache_folder()).parts or ('',)
+    if _COPIES.fullmatch(kind) and len(rest) > 1:
+      return f'{rest[0]}://{"/".join(rest[1:])}'
+  return str(path)
