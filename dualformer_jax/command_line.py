@@ -152,8 +152,10 @@ def _parse_flags(arguments: str, argv: list[str]) -> list[str]:
     handler.setFormatter(logging.Formatter(LOG_FORMAT, TIME_FORMAT, '{'))
     # An error in a thread of Orbax is raised later, and reported then; before,
     # Orbax or asyncio logs its traceback, and TensorStore prints those of what
-    # it cancels.
-    handler.addFilter(lambda record: not _is_of_orbax(record))
+    # it cancels. gcsfs logs that of each failed request.
+    handler.addFilter(
+      lambda record: not _is_of_orbax(record) and record.name != 'gcsfs'
+    )
     sys.excepthook = _print_unless_canceled
     sys.unraisablehook = _print_unraisable_unless_canceled
   if positional and not arguments:

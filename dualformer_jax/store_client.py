@@ -76,7 +76,9 @@ def repeat(
       raise StoreError(f'{what}: does not exist') from error
     except Exception as error:  # The clients of the stores raise anything.
       reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-      if isinstance(error, PermissionError) or 'Credential' in reason:
+      # Of gcsfs, 'Forbidden' is an OSError.
+      is_denied = re.search('Credential|Forbidden|Anonymous caller', reason)
+      if isinstance(error, PermissionError) or is_denied:
         raise StoreError(
           f'{what}: access is denied ({reason}); log in with the tools of the'
           ' store, or check its permissions'

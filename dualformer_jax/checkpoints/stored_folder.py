@@ -81,6 +81,19 @@ class StoredFolder:
       'written',
     )
 
+  def check_writable(self) -> None:
+    """Writes and removes a small file."""
+    probe = f'.{uuid.uuid4().hex}.probe'
+    try:
+      self.write(probe, b'dualformer_jax can write here\n')
+      self.remove([probe])
+    except store_client.StoreError as error:
+      reason = str(error).replace(f'/{probe}', '', 1)
+      if isinstance(error.__cause__, FileNotFoundError):
+        reason = f'{self.url}: there is no such bucket; create it, or choose'
+        reason += ' another'
+      raise store_client.StoreError(reason) from error
+
   def upload(self, name: str, path: pathlib.Path) -> None:
     """Writes a file, with the content of a local one."""
     store_client.repeat(
@@ -107,16 +120,17 @@ class StoredFolder:
 
   def remove(self, names: Iterable[str]) -> None:
     """Removes files; the markers of complete checkpoints first."""
-    names = sorted(names, key=lambda name: not name.endswith(MARKER))
+    names = list(names)
 
     def remove(name: str) -> None:
       with contextlib.suppress(FileNotFoundError):
         self._files.rm_file(self._path(name))
 
-    for name in names:
-      store_client.repeat(
-        self._url(name), lambda name=name: remove(name), 'removed'
-      )
+    def repeat(name: str) -> None:
+      store_client.repeat(self._url(name), lambda: remove(name), 'removed')
+
+    for_all(repeat, [name for name in names if name.endswith(MARKER)])
+    for_all(repeat, [name for name in names if not name.endswith(MARKER)])
 
   def _path(self, name: str) -> str:
     return f'{self._root}/{name}' if name else self._root

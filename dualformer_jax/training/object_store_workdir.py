@@ -103,12 +103,11 @@ class Mirror:
     self._next: futures.Future[None] = futures.Future()
     self._calls, self._records = threading.Lock(), threading.Lock()
     self._ended = threading.Event()
+    self._lock: guards.WorkdirLock | None = None
     files.check_writable(self.folder / RECORD)
     self.folder.mkdir(parents=True, exist_ok=True)
     if self._is_writer:
-      probe = f'.{uuid.uuid4().hex}.probe'
-      self._store.write(probe, b'dualformer_jax can write here\n')
-      self._store.remove([probe])
+      self._store.check_writable()
     if is_training:
       self._lock = guards.WorkdirLock(self.folder)
       self._claim()
@@ -193,6 +192,7 @@ class Mirror:
         with contextlib.suppress(UserError), self._records:
           self._write_record(ended=True)
       self._executor.shutdown()
+      self._lock = None
 
   # -------------------------------------------------------------------- upload
 
