@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 import logging
+import math
 import os
 import pathlib
 import re
@@ -60,15 +61,20 @@ def open_store(url: str, purpose: str = 'reading it') -> tuple[Any, str]:
 
 
 def repeat(
-  what: str, function: Callable[[], _Result], verb: str = 'read'
+  what: str,
+  function: Callable[[], _Result],
+  verb: str = 'read',
+  seconds: float = math.inf,
 ) -> _Result:
   """Calls a function, which accesses `what`, until it succeeds.
+
+  After `seconds`, three attempts are enough; the clients repeat requests, too.
 
   Raises:
     StoreError: repeating does not help, or did not. The message says that
       `what` cannot be `verb`.
   """
-  wait = _FIRST_WAIT
+  wait, start = _FIRST_WAIT, time.monotonic()
   for attempt in range(1, _ATTEMPTS + 1):
     try:
       return function()
@@ -83,12 +89,13 @@ def repeat(
           f'{what}: access is denied ({reason}); log in with the tools of the'
           ' store, or check its permissions'
         ) from error
-      if attempt == _ATTEMPTS:
+      is_late = attempt >= 3 and time.monotonic() - start > seconds
+      if attempt == _ATTEMPTS or is_late:
         raise StoreError(
           f'{what}: cannot be {verb}, after {attempt} attempts: {reason}'
         ) from error
-      # A single failure is no news.
-      level = logging.DEBUG if attempt < 3 else logging.INFO
+      is_news = attempt >= 3 and seconds == math.inf
+      level = logging.INFO if is_news else logging.DEBUG
       _LOG.log(level, '%s: %s; trying again', what, reason)
       time.sleep(wait)
       wait = min(2 * wait, _LONGEST_WAIT)

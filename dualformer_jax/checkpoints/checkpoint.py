@@ -23,21 +23,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
+from dualformer_jax.checkpoints import checksums, portable, stored_folder
 from dualformer_jax.checkpoints import metadata as metadata_lib
-from dualformer_jax.checkpoints import portable, stored_folder
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
   CheckpointMetadata,
   read_metadata,
 )
 from dualformer_jax.errors import UserError
-from dualformer_jax.files import atomic_write
 from dualformer_jax.models.dualformer import DualFormer
 
 # Folders in the workdir of a training run.
 LATEST, BEST = stored_folder.LATEST, stored_folder.BEST
 
-_CHECKSUMS = 'SHA256SUMS'
 _EMA = 'ema_params'  # averages, which readers use in place of 'params'
 
 
@@ -150,7 +148,7 @@ class Checkpoints:
     """Waits for Orbax and writes the checksums; runs in its own thread."""
     self._checkpointer.wait()
     if jax.process_index() == 0:
-      _write_checksums(self._folder / str(step))
+      checksums.write(self._folder / str(step))
       if self._on_saved is not None:
         self._on_saved(self._folder / str(step))
 
@@ -183,7 +181,7 @@ def save_model(
     ocp.save_checkpointables(
       str(path), arrays, custom_metadata=metadata.to_json()
     )
-    _write_checksums(path)
+    checksums.write(path)
 
 
 def load_model(
@@ -298,7 +296,7 @@ def _load(
   wanted = _with_arrays(abstract_trees)
   try:
     if jax.process_index() == 0:  # on behalf of all, as it reads every file
-      _verify_checksums(folder, wanted)
+      checksums.verify(folder, wanted)
     if portable.is_portable(folder):
       arrays = portable.read_weights(folder)
       _compare(arrays, wanted)
@@ -340,31 +338,6 @@ def _compare(found: Any, wanted: dict[str, Any]) -> None:
   ]
   if differences:
     raise ValueError(listed(differences, 3, '; '))
-
-
-def _write_checksums(folder: pathlib.Path) -> None:
-  """Writes the checksums of a complete folder, as sha256sum does."""
-  files = sorted(path for path in folder.rglob('*') if path.is_file())
-  lines = [f'{_digest(path)}  {path.relative_to(folder)}\n' for path in files]
-  with atomic_write(folder / _CHECKSUMS, 'w') as file:
-    file.write(''.join(lines))
-
-
-def _verify_checksums(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
-  """Raises ValueError if a file of the wanted trees has changed."""
-  checksums = folder / _CHECKSUMS
-  for line in checksums.read_text().splitlines() if checksums.exists() else ():
-    digest, _, name = line.partition('  ')
-    path = folder / name
-    if name.partition('/')[0] in wanted and (
-      not path.is_file() or _digest(path) != digest
-    ):
-      raise ValueError(f'{name} has changed since it was written')
-
-
-def _digest(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _with_arrays(trees: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from typing import Any, TypeVar
 import uuid
 
 from dualformer_jax import files, store_client
-from dualformer_jax.checkpoints import hub
+from dualformer_jax.checkpoints import checksums, hub
 from dualformer_jax.checkpoints.metadata import FILE as MARKER
 from dualformer_jax.errors import UserError
 
 # Folders in the workdir of a training run.
 LATEST, BEST = 'checkpoints', 'best'
 
-_CHECKSUMS = 'SHA256SUMS'
 _ADDRESS = re.compile(r'(?:gs|s3)://.*', re.ASCII)
 _PARALLEL = 16  # files that are copied at once
+_SECONDS = 30.0  # to repeat a request for
 _LOG = logging.getLogger(__name__)
 
 _Item = TypeVar('_Item')
@@ -55,7 +55,7 @@ class StoredFolder:
       self._files.invalidate_cache()
       return self._files.find(path, detail=True)
 
-    found = store_client.repeat(self.url, find)
+    found = _repeat(self.url, find)
     return {
       name[len(self._root) :].strip('/'): int(entry['size'] or 0)
       for name, entry in found.items()
@@ -71,11 +71,11 @@ class StoredFolder:
       except FileNotFoundError:
         return None
 
-    return store_client.repeat(self._url(name), read)
+    return _repeat(self._url(name), read)
 
   def write(self, name: str, content: bytes) -> None:
     """Writes a file."""
-    store_client.repeat(
+    _repeat(
       self._url(name),
       lambda: self._files.pipe_file(self._path(name), content),
       'written',
@@ -96,7 +96,7 @@ class StoredFolder:
 
   def upload(self, name: str, path: pathlib.Path) -> None:
     """Writes a file, with the content of a local one."""
-    store_client.repeat(
+    _repeat(
       self._url(name),
       lambda: self._files.put_file(str(path), self._path(name)),
       'written',
@@ -113,7 +113,7 @@ class StoredFolder:
         raise ConnectionError(f'got {partial.stat().st_size} of {size} bytes')
 
     try:
-      store_client.repeat(self._url(name), get)
+      _repeat(self._url(name), get)
       os.replace(partial, path)
     finally:
       partial.unlink(missing_ok=True)
@@ -127,7 +127,7 @@ class StoredFolder:
         self._files.rm_file(self._path(name))
 
     def repeat(name: str) -> None:
-      store_client.repeat(self._url(name), lambda: remove(name), 'removed')
+      _repeat(self._url(name), lambda: remove(name), 'removed')
 
     for_all(repeat, [name for name in names if name.endswith(MARKER)])
     for_all(repeat, [name for name in names if not name.endswith(MARKER)])
@@ -137,6 +137,12 @@ class StoredFolder:
 
   def _url(self, name: str) -> str:
     return f'{self.url}/{name}' if name else self.url
+
+
+def _repeat(
+  what: str, function: Callable[[], _Item], verb: str = 'read'
+) -> _Item:
+  return store_client.repeat(what, function, verb, _SECONDS)
 
 
 def complete_steps(names: Collection[str], kind: str) -> list[int]:
@@ -200,14 +206,16 @@ def _is_copy(
     if path.is_file()
   }
   # The marker states when the checkpoint was written.
-  small = [name for name in (MARKER, _CHECKSUMS) if name in sizes]
-  return (
-    len(small) == 2
-    and local == sizes
-    and all(
-      (folder / name).read_bytes() == store.read(start + name) for name in small
-    )
-  )
+  small = [name for name in (MARKER, checksums.FILE) if name in sizes]
+  if len(small) < 2 or local != sizes:
+    return False
+  if any((folder / n).read_bytes() != store.read(start + n) for n in small):
+    return False
+  try:
+    checksums.verify(folder)
+  except ValueError:
+    return False
+  return True
 
 
 def copy_latest(

@@ -187,7 +187,8 @@ class Mirror:
     try:
       self.wait()
     finally:
-      self._ended.set()
+      with self._calls:
+        self._ended.set()
       if self._is_training and self._is_writer and not self._lost:
         with contextlib.suppress(UserError), self._records:
           self._write_record(ended=True)

@@ -20,7 +20,7 @@ import fsspec
 import pytest
 
 from dualformer_jax import store_client
-from dualformer_jax.checkpoints import stored_folder
+from dualformer_jax.checkpoints import checksums, stored_folder
 from dualformer_jax.errors import UserError
 from dualformer_jax.training import object_store_workdir
 from dualformer_jax.training.object_store_workdir import Mirror
@@ -82,8 +82,9 @@ def save(mirror: Mirror, kind: str, step: int, text: str = '') -> None:
   """Stands in for a training that saves a checkpoint, and keeps it alone."""
   folder = mirror.folder / kind / str(step)
   (folder / 'params' / 'd').mkdir(parents=True)
-  for name in ('params/d/1', 'params/_METADATA', 'SHA256SUMS', MARKER):
+  for name in ('params/d/1', 'params/_METADATA', MARKER):
     (folder / name).write_text(f'{name} of {kind} at step {step} {text}')
+  checksums.write(folder)
   mirror.add(folder)
   for other in (mirror.folder / kind).iterdir():
     if other != folder:
@@ -116,12 +117,16 @@ def test_other_machine_has_what_was_uploaded(url, machine, faults):
     assert content(other) == expected
   assert faults.failed
   # What is only read has copies elsewhere.
-  found = stored_folder.local_path(url)
-  assert content(found) == {
+  read = {
     name: text
     for name, text in expected.items()
     if name == 'report.json' or name.startswith('checkpoints')
   }
+  found = stored_folder.local_path(url)
+  assert content(found) == read
+  array = found / 'checkpoints' / '8' / 'params' / 'd' / '1'
+  array.write_bytes(bytes(array.stat().st_size))  # damaged
+  assert content(stored_folder.local_path(url)) == read
   assert store_client.shown(found / 'checkpoints') == f'{url}/checkpoints'
   direct = stored_folder.local_path(f'{url}/best/4').absolute()
   assert (direct / MARKER).read_bytes() == expected[f'best/4/{MARKER}']
@@ -371,8 +376,8 @@ def test_two_processes_resume_bit_by_bit_on_other_machines(
     for same in ('step', 'data_position', 'class_names', 'model'):
       assert found[same] == metadata[same]
   reports = [
-    json.loads((folder / 'report.json').read_text())
-    for folder in (tmp_path / 'whole', local[0])
+    json.loads((workdir / 'report.json').read_text())
+    for workdir in (tmp_path / 'whole', local[0])
   ]
   assert reports[0]['top1'] == reports[1]['top1']
   assert reports[1]['checkpoint'].startswith(f'{url}/')
