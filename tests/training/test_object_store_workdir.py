@@ -78,8 +78,9 @@ def content(folder: pathlib.Path) -> dict[str, bytes]:
   }
 
 
-def save(mirror: Mirror, kind: str, step: int, text: str = '') -> None:
+def save(mirror: Mirror | None, kind: str, step: int, text: str = '') -> None:
   """Stands in for a training that saves a checkpoint, and keeps it alone."""
+  assert mirror is not None
   folder = mirror.folder / kind / str(step)
   (folder / 'params' / 'd').mkdir(parents=True)
   for name in ('params/d/1', 'params/_METADATA', MARKER):
