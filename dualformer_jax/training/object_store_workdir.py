@@ -217,25 +217,27 @@ class Mirror:
       self._error = None
 
   def _upload_new(self) -> None:
+    # Metrics and the best checkpoint until a step come before the checkpoint of
+    # that step, from which a run would resume; hence this order of looking.
+    pending = [self._last_pending(kind) for kind in (LATEST, BEST)]
     if self._is_training:
       record = self._read_record()
       if record.get('session') not in (None, self._session):
         self._lost = _who(record)
       if self._lost:
         return
-    # Metrics and the best checkpoint until a step come before the checkpoint of
-    # that step, from which a run would resume; hence this order of looking.
-    pending = self._pending(LATEST), self._pending(BEST)
     self._upload_small_files()
-    for steps in reversed(pending):
-      if steps:
-        self._upload_checkpoint(steps[-1])
-        for path in steps:
-          shutil.rmtree(path)
+    for path in filter(None, reversed(pending)):
+      self._upload_checkpoint(path)
+      shutil.rmtree(path)
 
-  def _pending(self, kind: str) -> list[pathlib.Path]:
+  def _last_pending(self, kind: str) -> pathlib.Path | None:
+    """Returns the last checkpoint to be uploaded, and removes earlier ones."""
     paths = (self.folder / _PENDING / kind).glob('*')
-    return sorted(paths, key=lambda path: int(path.name))
+    steps = sorted(paths, key=lambda path: int(path.name))
+    for path in steps[:-1]:
+      shutil.rmtree(path)
+    return steps[-1] if steps else None
 
   def _upload_small_files(self) -> None:
     changed = {
@@ -307,7 +309,7 @@ class Mirror:
       # Nobody has written there since.
       self._session = mine
       unsent = (self.folder / _UNSENT).exists()
-      if unsent or any(map(self._pending, (BEST, LATEST))):
+      if unsent or any(map(self._last_pending, (BEST, LATEST))):
         _LOG.info('uploading what was not yet in %s', self._store.url)
         self._upload_new()
         self.check()

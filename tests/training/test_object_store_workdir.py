@@ -267,14 +267,15 @@ def test_outage_is_warned_of_once_and_made_up_for(
   mirror = Mirror(url)
   monkeypatch.setattr(stored_folder.StoredFolder, 'write', sometimes)
   (mirror.folder / 'metrics.jsonl').write_text('1')
-  for _ in range(3):
-    with pytest.raises(UserError, match='is away'):
+  for step in (4, 8, 12):
+    save(mirror, 'checkpoints', step)
+    with pytest.raises(UserError, match=f'is away; checkpoints/{step} and the'):
       mirror.wait()
   warnings = [r for r in caplog.records if r.levelname == 'WARNING']
   assert len(warnings) == 1
   is_away = False
   mirror.finish()
-  assert names(url) == {'metrics.jsonl'}
+  assert names(url) == checkpoint_names('checkpoints/12') | {'metrics.jsonl'}
 
 
 @pytest.mark.slow
