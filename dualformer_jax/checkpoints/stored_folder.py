@@ -16,11 +16,12 @@ import uuid
 
 from dualformer_jax import files, store_client
 from dualformer_jax.checkpoints import checksums, hub
-from dualformer_jax.checkpoints.metadata import FILE as MARKER
 from dualformer_jax.errors import UserError
 
 # Folders in the workdir of a training run.
 LATEST, BEST = 'checkpoints', 'best'
+# Orbax writes this file last, so a folder that has it is complete.
+MARKER = '_CHECKPOINT_METADATA'
 
 _ADDRESS = re.compile(r'(?:gs|s3)://.*', re.ASCII)
 _PARALLEL = 16  # files that are copied at once
