@@ -25,8 +25,8 @@ from dualformer_jax.stop_signals import stop_signals
 LOG_FORMAT = '{levelname[0]}{asctime} {filename}:{lineno}] {message}'
 TIME_FORMAT = '%m%d %H:%M:%S'
 CHECKPOINT_HELP = (
-  'A checkpoint folder, the workdir of a training run, or a model on the '
-  'Hugging Face Hub: hf://OWNER/NAME[@REVISION].'
+  'A checkpoint folder or the workdir of a training run, also at gs:// or '
+  's3://, or a model on the Hugging Face Hub: hf://OWNER/NAME[@REVISION].'
 )
 
 # Messages of ml_collections: an unknown field, and a missing config file.
@@ -152,8 +152,10 @@ def _parse_flags(arguments: str, argv: list[str]) -> list[str]:
     handler.setFormatter(logging.Formatter(LOG_FORMAT, TIME_FORMAT, '{'))
     # An error in a thread of Orbax is raised later, and reported then; before,
     # Orbax or asyncio logs its traceback, and TensorStore prints those of what
-    # it cancels.
-    handler.addFilter(lambda record: not _is_of_orbax(record))
+    # it cancels. gcsfs logs that of each failed request.
+    handler.addFilter(
+      lambda record: not _is_of_orbax(record) and record.name != 'gcsfs'
+    )
     sys.excepthook = _print_unless_canceled
     sys.unraisablehook = _print_unraisable_unless_canceled
   if positional and not arguments:

@@ -20,7 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dualformer_jax import command_line, files
-from dualformer_jax.checkpoints import hub
+from dualformer_jax.checkpoints import hub, stored_folder
 from dualformer_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -31,8 +31,8 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'src',
     None,
-    'The .pth or .safetensors file, checkpoint folder, workdir, or '
-    'hf://OWNER/NAME[@REVISION][/FILE].',
+    'The .pth or .safetensors file, checkpoint folder or workdir, also at '
+    'gs:// or s3://, or hf://OWNER/NAME[@REVISION][/FILE].',
     required=True,
   )
   flags.DEFINE_string(
@@ -65,10 +65,13 @@ def main() -> None:
         f'--{name} has no effect if --dst is a .pth file; omit it, or pass a '
         'folder as --dst'
       )
-  if hub.is_address(FLAGS.src):
-    is_checkpoint = not hub.Address.parse(FLAGS.src).file
+  src = FLAGS.src
+  if stored_folder.is_address(src):
+    src = str(stored_folder.local_path(src))
+  if hub.is_address(src):
+    is_checkpoint = not hub.Address.parse(src).file
   else:
-    is_checkpoint = pathlib.Path(FLAGS.src).expanduser().is_dir()
+    is_checkpoint = pathlib.Path(src).expanduser().is_dir()
   if not to_pth and is_checkpoint:
     raise UserError(
       f'--src={FLAGS.src} is a checkpoint, but --dst={dst} is not a file name '
@@ -80,7 +83,7 @@ def main() -> None:
       'trained with, such as --config=configs/k400_tiny.py'
     )
   files.check_writable(dst)
-  src = hub.local_path(FLAGS.src)
+  src = stored_folder.local_path(src)
   # Imported late: --help and errors in flags do not wait for JAX.
   import jax
 

@@ -24,7 +24,10 @@ def define_flags() -> None:
     'config', None, 'Config file, such as configs/k400_tiny.py.'
   )
   flags.DEFINE_string(
-    'workdir', None, 'Folder of checkpoints, TensorBoard files and the report.'
+    'workdir',
+    None,
+    'Folder of checkpoints, TensorBoard files and the report, also at gs:// or '
+    's3://.',
   )
   flags.DEFINE_enum(
     'mode',
@@ -65,6 +68,7 @@ def main() -> None:
     cpu_memory,
     hub_revisions,
     loop,
+    object_store_workdir,
     profile,
     testing,
   )
@@ -73,21 +77,26 @@ def main() -> None:
     raise UserError(
       f'--compare needs --mode=test, got --mode={FLAGS.mode}; change one'
     )
-  with processes.joined(
-    FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
+  with (
+    processes.joined(
+      FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id
+    ),
+    object_store_workdir.opened(
+      FLAGS.workdir, FLAGS.mode, FLAGS.config.checkpoint.keep
+    ) as (workdir, mirror),
   ):
     cpu_memory.keep_memory()
     config = hub_revisions.pinned(
-      FLAGS.config, FLAGS.workdir, record=FLAGS.mode == 'train'
+      FLAGS.config, workdir, record=FLAGS.mode == 'train'
     )
     path = config_flags.get_config_filename(FLAGS['config'])
     recipe = pathlib.Path(path).stem
     if FLAGS.mode == 'train':
-      loop.train_and_test(config, FLAGS.workdir, recipe)
+      loop.train_and_test(config, workdir, recipe, mirror)
     elif FLAGS.mode == 'test':
-      testing.test(config, FLAGS.workdir, FLAGS.compare, recipe=recipe)
+      testing.test(config, workdir, FLAGS.compare, recipe=recipe)
     else:
-      profile.profile(config, FLAGS.workdir)
+      profile.profile(config, workdir)
 
 
 cli = functools.partial(command_line.run, main, define_flags)

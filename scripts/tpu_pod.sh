@@ -32,8 +32,8 @@ Options:
   --keep             do not delete the pod slice after `run`
   --dry-run          print all commands without running them
 
-All workers must share the file system of --workdir and
---config.dataset.data_dir, such as a mounted bucket: docs/many_hosts.md.
+--workdir and --config.dataset.data_dir are at gs://, or on a file system that
+all workers share, such as a mounted bucket: docs/many_hosts.md.
 END
 }
 
@@ -170,7 +170,7 @@ if ! python3.11 -c "import ensurepip" 2>/dev/null; then
   sudo apt-get -qq install -y python3.11-venv
 fi
 python3.11 -m venv .venv
-.venv/bin/pip install -q -c constraints.txt -e ".[tpu]"'
+.venv/bin/pip install -q -c constraints.txt -e ".[tpu,gcs]"'
   [[ -z $setup ]] || on all "$setup"
 }
 

@@ -7,7 +7,7 @@ saving and hashing.
 Models are also read from portable checkpoints; see portable.py.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 import contextlib
 import functools
@@ -19,10 +19,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from dualformer_jax.checkpoints import hub, portable
+from dualformer_jax.checkpoints import checksums, portable, stored_folder
 from dualformer_jax.checkpoints import metadata as metadata_lib
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
@@ -30,14 +31,11 @@ from dualformer_jax.checkpoints.metadata import (
   read_metadata,
 )
 from dualformer_jax.errors import UserError
-from dualformer_jax.files import atomic_write
 from dualformer_jax.models.dualformer import DualFormer
 
 # Folders in the workdir of a training run.
-LATEST = 'checkpoints'
-BEST = 'best'
+LATEST, BEST = stored_folder.LATEST, stored_folder.BEST
 
-_CHECKSUMS = 'SHA256SUMS'
 _EMA = 'ema_params'  # averages, which readers use in place of 'params'
 
 
@@ -48,9 +46,28 @@ class Checkpoints:
   host memory. One save runs at a time. Not thread-safe.
   """
 
-  def __init__(self, folder: str | os.PathLike[str], keep: int = 1):
-    """Opens the folder, and creates it if needed."""
+  def __init__(
+    self,
+    folder: str | os.PathLike[str],
+    keep: int = 1,
+    *,
+    is_shared: bool = True,
+    on_saved: Callable[[pathlib.Path], object] | None = None,
+  ):
+    """Opens the folder, and creates it if needed.
+
+    Args:
+      folder: where the checkpoints are.
+      keep: how many there are at most.
+      is_shared: whether all processes see the same folder. If not, process 0
+        saves whole arrays in its own.
+      on_saved: called by process 0 in a thread, with each complete checkpoint.
+    """
     self._folder = pathlib.Path(os.path.abspath(folder))
+    self._is_shared = is_shared or jax.process_count() == 1
+    self._on_saved = on_saved
+    if not self._is_shared:
+      self._folder.mkdir(parents=True, exist_ok=True)
     # Any: for type checkers, Orbax's policies do not follow its protocols.
     always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     last: Any = ocp.training.preservation_policies.LatestN(keep)
@@ -81,9 +98,12 @@ class Checkpoints:
     latest = self._checkpointer.latest
     if latest is not None and latest.step >= metadata.step:
       return
+    arrays = _with_arrays(trees)
+    if not self._is_shared:
+      arrays = jax.tree.map(_whole, arrays)
     with _writing(self._folder):
       self._checkpointer.save_checkpointables_async(
-        metadata.step, _with_arrays(trees), custom_metadata=metadata.to_json()
+        metadata.step, arrays, custom_metadata=metadata.to_json()
       )
     self._pending = self._executor.submit(self._finish, metadata.step)
 
@@ -128,7 +148,18 @@ class Checkpoints:
     """Waits for Orbax and writes the checksums; runs in its own thread."""
     self._checkpointer.wait()
     if jax.process_index() == 0:
-      _write_checksums(self._folder / str(step))
+      checksums.write(self._folder / str(step))
+      if self._on_saved is not None:
+        self._on_saved(self._folder / str(step))
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+  """Returns a whole array on each host; Orbax saves that of process 0."""
+  if not array.is_fully_replicated:
+    assert isinstance(array.sharding, NamedSharding)
+    replicated = NamedSharding(array.sharding.mesh, PartitionSpec())
+    array = jax.jit(lambda x: x, out_shardings=replicated)(array)
+  return np.array(array.addressable_data(0))
 
 
 def save_model(
@@ -150,7 +181,7 @@ def save_model(
     ocp.save_checkpointables(
       str(path), arrays, custom_metadata=metadata.to_json()
     )
-    _write_checksums(path)
+    checksums.write(path)
 
 
 def load_model(
@@ -219,10 +250,11 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
   """Finds a checkpoint folder; raises UserError if there is none.
 
   The path is a checkpoint folder, or the workdir of a training run or its
-  folder of checkpoints, for the latest one. An address on the Hugging Face Hub,
-  hf://OWNER/NAME[@REVISION], is downloaded.
+  folder of checkpoints, for the latest one. If it is a URL with gs:// or s3://,
+  or an address on the Hugging Face Hub, hf://OWNER/NAME[@REVISION], the
+  checkpoint is downloaded.
   """
-  folder = hub.local_path(path).absolute()
+  folder = stored_folder.local_path(path).absolute()
   if not folder.is_dir():
     raise UserError(
       f'no checkpoint folder at {path}; to convert a .pth file, run python -m '
@@ -264,7 +296,7 @@ def _load(
   wanted = _with_arrays(abstract_trees)
   try:
     if jax.process_index() == 0:  # on behalf of all, as it reads every file
-      _verify_checksums(folder, wanted)
+      checksums.verify(folder, wanted)
     if portable.is_portable(folder):
       arrays = portable.read_weights(folder)
       _compare(arrays, wanted)
@@ -306,31 +338,6 @@ def _compare(found: Any, wanted: dict[str, Any]) -> None:
   ]
   if differences:
     raise ValueError(listed(differences, 3, '; '))
-
-
-def _write_checksums(folder: pathlib.Path) -> None:
-  """Writes the checksums of a complete folder, as sha256sum does."""
-  files = sorted(path for path in folder.rglob('*') if path.is_file())
-  lines = [f'{_digest(path)}  {path.relative_to(folder)}\n' for path in files]
-  with atomic_write(folder / _CHECKSUMS, 'w') as file:
-    file.write(''.join(lines))
-
-
-def _verify_checksums(folder: pathlib.Path, wanted: dict[str, Any]) -> None:
-  """Raises ValueError if a file of the wanted trees has changed."""
-  checksums = folder / _CHECKSUMS
-  for line in checksums.read_text().splitlines() if checksums.exists() else ():
-    digest, _, name = line.partition('  ')
-    path = folder / name
-    if name.partition('/')[0] in wanted and (
-      not path.is_file() or _digest(path) != digest
-    ):
-      raise ValueError(f'{name} has changed since it was written')
-
-
-def _digest(path: pathlib.Path) -> str:
-  with path.open('rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
 
 
 def _with_arrays(trees: Mapping[str, Any]) -> dict[str, Any]:

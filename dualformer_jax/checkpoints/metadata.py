@@ -8,12 +8,12 @@ from typing import Any
 
 from dualformer_jax.checkpoints.hub import CONFIG
 from dualformer_jax.checkpoints.messages import listed
+from dualformer_jax.checkpoints.stored_folder import MARKER
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
 
-# Orbax writes this file last, so a folder that has it is complete.
-FILE = '_CHECKPOINT_METADATA'
+FILE = MARKER
 
 # Fields of a model that do not change its parameters.
 _FREE_FIELDS = ('dtype', 'remat', 'drop_path_rate', 'head_dropout', 'kernels')

@@ -20,9 +20,9 @@ import numpy as np
 
 from dualformer_jax.checkpoints import (
   checkpoint,
-  hub,
   metadata,
   pytorch_names,
+  stored_folder,
   weights,
 )
 from dualformer_jax.checkpoints.messages import listed
@@ -90,10 +90,10 @@ class Transfer:
 def read(path: str | os.PathLike[str], ema: bool = False) -> Source:
   """Reads a .pth or .safetensors file, a checkpoint folder or a workdir.
 
-  The path may be an address on the Hugging Face Hub. With `ema`, the EMA
+  The path may be a URL with gs://, s3:// or hf://. With `ema`, the EMA
   weights of a file are chosen.
   """
-  file = hub.local_path(path)
+  file = stored_folder.local_path(path)
   if file.is_file() or (file.suffix in _SUFFIXES and not file.is_dir()):
     state_dict, dropped, notes = weights.read(file, ema)
     for note in [*notes, f'dropped: {listed(dropped) or "nothing"}']:

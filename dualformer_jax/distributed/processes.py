@@ -178,3 +178,14 @@ def check_shared_folder(folder: pathlib.Path) -> None:
   multihost_utils.sync_global_devices('seen')
   if jax.process_index() == 0:
     marker.unlink()
+
+
+def check_same(number: int, what: str) -> None:
+  """Raises UserError unless a number is the same for all processes."""
+  if jax.process_count() > 1:
+    first = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+    if first != number:
+      raise UserError(
+        f'{what} is {number} for process {jax.process_index()}, but {first} for'
+        ' process 0; run the same command again on all hosts'
+      )

@@ -12,6 +12,8 @@ import zipfile
 from jaxtyping import Float, Int, Num
 import numpy as np
 
+from dualformer_jax import store_client
+from dualformer_jax.checkpoints import stored_folder
 from dualformer_jax.errors import UserError
 from dualformer_jax.evaluation import metrics
 
@@ -76,12 +78,17 @@ class Result:
 def read(path: str, class_names: tuple[str, ...]) -> Result:
   """Reads the views of an earlier test, to compare with it.
 
-  The path is its workdir, or a file in it such as report.json. Raises UserError
+  The path is its workdir, or a file in it such as report.json, also at gs:// or
+  s3://. Raises UserError
   if it is damaged, or has other classes or several labels per video.
   """
-  folder = pathlib.Path(path).expanduser().absolute()
-  if folder.suffix in ('.html', '.json', '.npz'):
-    folder = folder.parent
+  workdir = path
+  if path.endswith(('.html', '.json', '.npz')):
+    workdir = path.rpartition('/')[0] or '.'
+  if stored_folder.is_address(path):
+    folder = stored_folder.local_path(workdir, kinds=(), names=(VIEWS_FILE,))
+  else:
+    folder = pathlib.Path(workdir).expanduser().absolute()
   file = folder / VIEWS_FILE
   try:
     with open(file, 'rb') as opened, np.load(opened) as arrays:
@@ -91,7 +98,7 @@ def read(path: str, class_names: tuple[str, ...]) -> Result:
         video_ids=arrays['video_ids'].tolist(),
         class_names=tuple(arrays['class_names'].tolist()),
         num_clips=int(arrays['num_clips']),
-        folder=str(folder),
+        folder=store_client.shown(folder),
       )
   except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
     raise UserError(

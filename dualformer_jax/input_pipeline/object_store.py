@@ -5,18 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 import hashlib
 import logging
-import os
 import pathlib
-import tempfile
-import time
-from typing import Any, TypeVar
+from typing import Any
 
-import fsspec
+from dualformer_jax import files, store_client
+from dualformer_jax.store_client import StoreError
 
-from dualformer_jax import errors, files
-
-# The package's extra with the client of each protocol.
-_EXTRAS = {'gs': 'gcs', 's3': 's3', 'hf': 'hub'}
 # Small files of a prepared dataset, which are copied.
 _METADATA = (
   'dataset_info.json',
@@ -25,19 +19,7 @@ _METADATA = (
   'report.json',
 )
 _INDEX = '.index.npz'
-# Half a minute in all, besides the time of the requests.
-_ATTEMPTS = 8
-_FIRST_WAIT, _LONGEST_WAIT = 0.2, 10.0
 _LOG = logging.getLogger(__name__)
-
-_Result = TypeVar('_Result')
-
-
-class StoreError(errors.UserError):
-  """An object store that cannot be read. Unlike a damaged video, it ends a run.
-
-  Otherwise, what a run sees would depend on the network.
-  """
 
 
 def is_url(path: str) -> bool:
@@ -69,19 +51,8 @@ class ObjectStore:
       UserError: the files cannot be copied.
     """
     self.url, self.metadata = url.rstrip('/'), metadata
-    protocol = url.partition('://')[0]
-    if protocol not in _EXTRAS:
-      expected = ', '.join(f'{name}://' for name in _EXTRAS)
-      raise StoreError(f'{url}: expected a path, or a URL with {expected}')
-    try:
-      self._files, self._root = fsspec.url_to_fs(self.url)
-    except ImportError as error:
-      extra = _EXTRAS[protocol]
-      message = errors.missing_extra(f'{url}: reading it', extra)
-      raise StoreError(message) from error
-    except ValueError as error:
-      raise StoreError(f'{url}: is not a valid URL: {error}') from error
-    found = self._repeat(url, self._list)
+    self._files, self._root = store_client.open_store(url)
+    found = store_client.repeat(url, self._list)
     self.sizes = {
       path[len(self._root) :].strip('/'): int(entry['size'] or 0)
       for path, entry in found.items()
@@ -117,7 +88,7 @@ class ObjectStore:
         raise OSError(f'got {len(content)} of {end - start} bytes')
       return content
 
-    return self._repeat(f'{self.url}/{name}', read)
+    return store_client.repeat(f'{self.url}/{name}', read)
 
   def _copy_metadata(self) -> None:
     folder = self.metadata
@@ -139,34 +110,6 @@ class ObjectStore:
         continue
       with files.output_file(path) as file:
         file.write(content)
-
-  def _repeat(self, what: str, function: Callable[[], _Result]) -> _Result:
-    """Calls a function until it succeeds.
-
-    Raises:
-      StoreError: repeating does not help, or did not.
-    """
-    wait = _FIRST_WAIT
-    for attempt in range(1, _ATTEMPTS + 1):
-      try:
-        return function()
-      except FileNotFoundError as error:
-        raise StoreError(f'{what}: does not exist') from error
-      except Exception as error:  # The clients of the stores raise anything.
-        reason = ' '.join(f'{type(error).__name__}: {error}'.split())[:300]
-        if isinstance(error, PermissionError) or 'Credential' in reason:
-          raise StoreError(
-            f'{what}: access is denied ({reason}); log in with the tools of the'
-            ' store, or check its permissions'
-          ) from error
-        if attempt == _ATTEMPTS:
-          raise StoreError(
-            f'{what}: cannot be read, after {attempt} attempts: {reason}'
-          ) from error
-        _LOG.info('%s: %s; trying again', what, reason)
-        time.sleep(wait)
-        wait = min(2 * wait, _LONGEST_WAIT)
-    raise AssertionError
 
 
 class DiskCache:
@@ -211,9 +154,4 @@ class DiskCache:
 def local_folder(url: str) -> pathlib.Path:
   """Returns the local folder for what is kept of a URL."""
   digest = hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:16]
-  try:
-    folder = pathlib.Path('~/.cache').expanduser()
-  except RuntimeError:  # There is no home folder.
-    folder = pathlib.Path(tempfile.gettempdir())
-  folder = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or folder)
-  return folder / 'dualformer_jax' / digest
+  return store_client.cache_folder() / digest

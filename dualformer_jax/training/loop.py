@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dualformer_jax import store_client
 from dualformer_jax.checkpoints import checkpoint, transfer
 from dualformer_jax.checkpoints import metadata as metadata_lib
 from dualformer_jax.distributed import processes, sharding
@@ -21,6 +22,7 @@ from dualformer_jax.stop_signals import stop_signals
 from dualformer_jax.training import (
   config_check,
   guards,
+  object_store_workdir,
   setup,
   testing,
   trackers,
@@ -38,12 +40,16 @@ _LOG = logging.getLogger(__name__)
 
 
 def train_and_test(
-  config: setup.Config, workdir: str | os.PathLike[str], recipe: str = ''
+  config: setup.Config,
+  workdir: str | os.PathLike[str],
+  recipe: str = '',
+  mirror: object_store_workdir.Mirror | None = None,
 ) -> dict[str, Any]:
   """Trains a model, or resumes its training, and tests it.
 
   The workdir is the folder of checkpoints, TensorBoard files and the report,
-  which states the recipe: the name of the config file.
+  which states the recipe: the name of the config file. If it is the local copy
+  of one in an object store, `mirror` uploads what is new.
 
   Returns:
     The report of the test, which is in WORKDIR/report.json as well.
@@ -64,7 +70,8 @@ def train_and_test(
   #   2. the checkpoint or .pth file of config.init_from (fine-tune);
   #   3. random parameters.
   check_writable(workdir / 'report.json')
-  processes.check_shared_folder(workdir)
+  if mirror is None:
+    processes.check_shared_folder(workdir)
   latest = checkpoint.latest_of(workdir / checkpoint.LATEST)
   source, origin = None, None
   if latest is not None:
@@ -114,11 +121,20 @@ def train_and_test(
   arrays = jax.tree.leaves(training.abstract_state)
   num_bytes = sum(x.size * x.dtype.itemsize for x in arrays)
   check_writable(workdir / checkpoint.LATEST / 'new', num_bytes)
-  _lock = guards.WorkdirLock(workdir)  # until this function ends
-  checkpoints = checkpoint.Checkpoints(
-    workdir / checkpoint.LATEST, config.checkpoint.keep
+  if mirror is None:  # which else has it
+    _lock = guards.WorkdirLock(workdir)  # until this function ends
+  checkpoints, best_checkpoints = (
+    checkpoint.Checkpoints(
+      workdir / kind,
+      keep,
+      is_shared=mirror is None,
+      on_saved=mirror.add if mirror else None,
+    )
+    for kind, keep in (
+      (checkpoint.LATEST, config.checkpoint.keep),
+      (checkpoint.BEST, 1),
+    )
   )
-  best_checkpoints = checkpoint.Checkpoints(workdir / checkpoint.BEST)
   base_metadata = checkpoint.CheckpointMetadata(
     model={name: getattr(model, name) for name in config.model},
     preprocessing=setup.make_preprocessing(config, config.test),
@@ -133,7 +149,7 @@ def train_and_test(
     state = TrainState.from_trees(trees, saved.step, abstract_state.step)
     assert saved.data_position is not None
     batches.set_state(saved.data_position)
-    _LOG.info('resumed %s', latest)
+    _LOG.info('resumed %s', store_client.shown(latest))
   else:
     state = training.init_state()
     if source is not None:
@@ -187,16 +203,20 @@ def train_and_test(
   def save() -> None:
     """Starts to save the state, if it is finite."""
     finite.check()
+    if mirror:
+      mirror.check()
     # The best checkpoint must not be lost if training resumes from this one. It
     # was started at an earlier step, so that there is hardly ever a wait.
     best_checkpoints.wait()
+    writer.flush()  # first, as metrics are uploaded before the checkpoint
     checkpoints.save(state.trees(), metadata())
-    writer.flush()
 
   def finish_saved() -> None:
     """Finishes what was started before a signal ended the validation."""
     checkpoints.wait()
     writer.close_trackers(is_complete=False)
+    if mirror:
+      mirror.finish()
 
   def validate() -> None:
     """Scores the validation split, and saves the state if it is the best."""
@@ -232,6 +252,9 @@ def train_and_test(
       setup.describe_views(views, short_side),
     )
     writer.write(step, 'validation', summary)
+    if mirror:
+      writer.flush()
+      mirror.sync()
     if best_score is None or score > best_score:
       best_score, best_step = score, step
       best_checkpoints.save(state.trees(), metadata(score))
@@ -314,10 +337,12 @@ def train_and_test(
   elif step < total_steps or stop.is_set():
     writer.close(is_complete=False)
     stop.raise_exit(step)
-  stop_signals.allow_exit()
+  stop_signals.allow_exit(finish=mirror.finish if mirror else None)
 
   # ---------------------------------------------------------------------- test
   del state, teacher_variables
+  if mirror:
+    mirror.share()
   folder = testing.find_checkpoint(config, workdir)
   report = testing.test(
     config, workdir, recipe=recipe, folder=folder, start=start, writer=writer

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax
 
-from dualformer_jax.checkpoints import checkpoint
+from dualformer_jax import store_client
+from dualformer_jax.checkpoints import checkpoint, stored_folder
 from dualformer_jax.distributed import processes, sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.evaluation import forward, metrics, scoring
@@ -65,8 +66,9 @@ def find_checkpoint(
   stopping is on, else the latest.
   """
   if config.test.checkpoint == 'best' or config.validation.patience:
-    best = pathlib.Path(path).expanduser().absolute() / checkpoint.BEST
-    if folder := checkpoint.latest_of(best):
+    kinds = checkpoint.BEST, checkpoint.LATEST
+    path = stored_folder.local_path(path, kinds).absolute()
+    if folder := checkpoint.latest_of(path / checkpoint.BEST):
       return folder
   return checkpoint.find(path)
 
@@ -126,7 +128,10 @@ def test(
   p = setup.make_preprocessing(config, config.test)
   kind = 'best' if folder.parent.name == checkpoint.BEST else 'latest'
   _LOG.info(
-    'testing the %s checkpoint, %s, on %d videos', kind, folder, len(data)
+    'testing the %s checkpoint, %s, on %d videos',
+    kind,
+    store_client.shown(folder),
+    len(data),
   )
   scorer = make_scorer(config, model, mesh)
   scores = scoring.score_split(scorer, variables, data, p)
@@ -183,7 +188,7 @@ def write_report(
     scores.video_ids,
     data.class_names,
     p.num_clips,
-    str(workdir),
+    store_client.shown(workdir),
   )
   summary = metrics.summary(
     result.probabilities(), scores.labels, config.dataset.multi_label
@@ -200,7 +205,7 @@ def write_report(
     ],
     'views': {'num_clips': p.num_clips, 'num_crops': p.num_crops},
     **reports.details(result, multiply_adds / 1e9),
-    'checkpoint': str(tested.folder),
+    'checkpoint': store_client.shown(tested.folder),
     'checkpoint_kind': tested.kind,
     'checkpoint_sha256': tested.sha256,
     'training': _training_record(tested.folder),
@@ -237,7 +242,7 @@ def write_report(
       setup.describe_views(p, p.image_size),
       len(scores.labels),
       len(scores.failed),
-      workdir / 'report.json',
+      store_client.shown(workdir / 'report.json'),
     )
   if mismatch is not None:
     raise mismatch

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from dualformer_jax.checkpoints import checkpoint, metadata
+from dualformer_jax.checkpoints import checkpoint, checksums, metadata
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
@@ -233,13 +233,13 @@ def test_save_returns_before_the_checksums_are_computed(
   tmp_path, state, monkeypatch
 ):
   may_finish = threading.Event()
-  write_checksums = checkpoint._write_checksums
+  write_checksums = checksums.write
 
   def wait_and_write(folder: pathlib.Path) -> None:
     assert may_finish.wait(60)
     write_checksums(folder)
 
-  monkeypatch.setattr(checkpoint, '_write_checksums', wait_and_write)
+  monkeypatch.setattr(checksums, 'write', wait_and_write)
   series = checkpoint.Checkpoints(tmp_path)
   series.save(state.trees(), make_metadata(step=1))
   may_finish.set()
@@ -251,7 +251,7 @@ def test_failed_save_raises_at_the_next_call(tmp_path, state, monkeypatch):
   def fail(folder: pathlib.Path) -> None:
     raise OSError(28, 'No space left on device')
 
-  monkeypatch.setattr(checkpoint, '_write_checksums', fail)
+  monkeypatch.setattr(checksums, 'write', fail)
   series = checkpoint.Checkpoints(tmp_path)
   series.save(state.trees(), make_metadata(step=1))
   with pytest.raises(UserError, match='cannot be written: No space left'):
@@ -271,7 +271,7 @@ def test_failed_save_is_found_without_waiting(tmp_path, state, monkeypatch):
       "to file 31: No space left on device [os_error_code='28']"
     )
 
-  monkeypatch.setattr(checkpoint, '_write_checksums', fail)
+  monkeypatch.setattr(checksums, 'write', fail)
   series = checkpoint.Checkpoints(tmp_path)
   series.save(state.trees(), make_metadata(step=1))
   series.check()  # it is still being written

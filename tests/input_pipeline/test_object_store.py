@@ -15,7 +15,7 @@ import fsspec.config
 import numpy as np
 import pytest
 
-from dualformer_jax import errors
+from dualformer_jax import errors, store_client
 from dualformer_jax.input_pipeline import object_store
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from tests.input_pipeline import object_stores
@@ -82,7 +82,7 @@ def uploaded(
 def _folder(prepared_datasets, tmp_path, monkeypatch) -> pathlib.Path:
   """A data_dir with the dataset `levels`."""
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
-  monkeypatch.setattr(object_store, '_FIRST_WAIT', 0.01)
+  monkeypatch.setattr(store_client, '_FIRST_WAIT', 0.01)
   source = prepared_datasets / 'tfrecord' / 'levels'
   shutil.copytree(source, tmp_path / 'data' / 'levels')
   return tmp_path / 'data'
@@ -158,7 +158,7 @@ def test_store_that_is_gone_ends_the_stream(folder, monkeypatch):
         next(batches)
     batches.close()
   assert str(caught.value).endswith('does not exist')
-  monkeypatch.setattr(object_store, '_ATTEMPTS', 2)
+  monkeypatch.setattr(store_client, '_ATTEMPTS', 2)
   with pytest.raises(
     errors.UserError, match='cannot be read, after 2 attempts'
   ):
