@@ -18,6 +18,7 @@ from dualformer_jax.kernels.attention_branch import Branch, find_branch
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.mlp import Weights
 from dualformer_jax.kernels.norm_pool import NormPool, find_norm_pool
+from dualformer_jax.kernels.projections import Project, find_project
 from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
@@ -66,6 +67,15 @@ class LocalWindowAttention(nn.Module):
     window: Any = tuple(self.sizes.values())
     return find_branch(shape, self.num_heads, self.compute, window)
 
+  def find_project(self, batch: int) -> Project | None:
+    """Returns a function that computes norm and projections in one operation.
+
+    Returns None if there is none for the platform, the dtype or the sizes.
+    """
+    window: Any = tuple(self.sizes.values())
+    shape = (batch, *self.grid, self.channels)
+    return find_project(shape, window, self.compute)
+
   def weights(self, shape: Sequence[int]) -> tuple[list[Weights], Weights]:
     """Returns the weights of projections before and after attention."""
     return self.qkv.weights(shape), self.proj.weights(shape)
@@ -81,8 +91,13 @@ class LocalWindowAttention(nn.Module):
     q, k, v = self.qkv(x)
     return q, k, v
 
-  def attend(self, qkv: QKV) -> Float[Array, 'b d h w c']:
-    """Returns the output of attention for each token."""
+  def attend(
+    self, qkv: QKV, tokens: str = 'wd wh ww'
+  ) -> Float[Array, 'b d h w c']:
+    """Returns the output of attention for each token.
+
+    `tokens` is the order of the tokens of a window.
+    """
     is_key = None
     if any(after for _, after in self.padding):
       is_key = rearrange(
@@ -93,7 +108,7 @@ class LocalWindowAttention(nn.Module):
     x = self.proj(attention(*qkv, self.num_heads, self.compute, is_key))
     x = rearrange(
       x,
-      '(i j k) b (wd wh ww) c -> b (i wd) (j wh) (k ww) c',
+      f'(i j k) b ({tokens}) c -> b (i wd) (j wh) (k ww) c',
       **self.sizes,
       **self.counts,
     )

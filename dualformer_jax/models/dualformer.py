@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import numpy as np
 
 from dualformer_jax.errors import UserError
-from dualformer_jax.kernels import recompute
+from dualformer_jax.kernels import projections, recompute
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.layer_norm import layer_norm
 from dualformer_jax.kernels.mlp import add_branch, mlp_branch
@@ -103,6 +103,9 @@ class Block(nn.Module):
     # Outputs of layers can be captured only if they are called.
     captures = self.is_mutable_collection('intermediates')
     branch = None if captures else self.attn.find_branch(len(x))
+    fused = None
+    if self.window and not captures:
+      fused = self.attn.find_project(len(x))
     if branch:
       norm = self.norm1.weights(x.shape)
       if self.window:
@@ -115,6 +118,10 @@ class Block(nn.Module):
         keys = project_keys(self, x, norm)
       weights = self.attn.weights(x.shape)
       x = branch(x, scale(0), norm, *weights, keys)
+    elif fused:
+      layers, _ = self.attn.weights(x.shape)
+      x, qkv = fused(x, self.norm1.weights(x.shape), layers)
+      x = add_branch(x, scale(0), self.attn.attend(qkv, projections.TOKENS))
     else:
       x = add_branch(x, scale(0), self.attn.attend(project(self, x)))
     return feed_forward(self, x)
