@@ -1,6 +1,8 @@
-"""LayerNorm and the projections of windows in one pass, where there is a kernel."""
+"""The linear layers around attention, fused, where there are kernels."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,29 +16,85 @@ from dualformer_jax.kernels.dispatch import (
   no_kernel,
   run_per_device,
 )
-
-# (x, norm, layers) -> x, outputs of the layers
-Project = Callable[
-  ..., tuple[Float[Array, 'b d h w c'], list[Float[Array, 'g b l c']]]
-]
-# The order of the tokens of a window in the outputs.
-TOKENS = 'wh ww wd'
+from dualformer_jax.kernels.mlp import Weights
 
 
-def find_project(
-  shape: Sequence[int], window: Size, compute: Compute
-) -> Project | None:
-  """Returns a function that normalizes tokens and computes linear layers.
+@dataclasses.dataclass(frozen=True)
+class FusedProjections:
+  """Functions for the linear layers before and after attention.
 
-  It has the arguments x [b, d, h, w, c], scale and bias of the norm, and kernel
-  [c, c] and bias [c] of each layer. Windows are groups, ordered by frame, row
-  and column. Callers must continue with the returned x, so that both gradients
-  are added in the kernel. Returns None if there is none for the platform, the
-  dtype or the sizes.
+  Tokens between them are [n, l, c]: n clips, or windows of clips. The order of
+  the l tokens of a window is unspecified.
+
+  Attributes:
+    module: kernels that compute norm_project and project_add.
+    compute: dtype of the tokens.
+    window: frames, rows and columns of a window, or None.
+  """
+
+  module: Any
+  compute: Compute
+  window: Size | None
+
+  def norm_project(
+    self,
+    x: Float[Array, 'b d h w c'],
+    norm: Weights,
+    layers: Sequence[Weights],
+  ) -> tuple[Float[Array, 'b d h w c'], list[Float[Array, 'n l c']]]:
+    """Returns x, and the layers' outputs for norm(x).
+
+    Without windows, the first of the outputs is norm(x). Callers must continue
+    with the returned x, so that both gradients are added in the kernel.
+    """
+    kernels, biases = zip(*layers, strict=True)
+
+    def run(x, *weights):
+      x, outputs = self.module.norm_project(self._size(), x, *weights)
+      tokens = self._tokens(x)
+      return x, [y.reshape(-1, tokens, y.shape[-1]) for y in outputs]
+
+    with jax.named_scope('attn'):
+      operands = (x.astype(self.compute.dtype),)
+      return run_per_device(run, operands, (*norm, kernels, biases))
+
+  def project_add(
+    self,
+    x: Float[Array, 'b d h w c'],
+    y: Float[Array, 'n l c'],
+    branch_scale: Float[Array, 'b'] | None,
+    layer: Weights,
+  ) -> Float[Array, 'b d h w c']:
+    """Returns x + branch_scale * layer(y)."""
+    if branch_scale is None:
+      branch_scale = jnp.ones(len(x))
+
+    def run(x, y, *operands):
+      y = y.reshape(-1, y.shape[-1])
+      return self.module.project_add(self._size(), x, y, *operands)
+
+    with jax.named_scope('attn'):
+      operands = x, y, branch_scale.astype(jnp.float32)
+      return run_per_device(run, operands, layer)
+
+  def _size(self) -> tuple[int, int] | None:
+    return self.window and self.window[1:]
+
+  def _tokens(self, x: Float[Array, 'b d h w c']) -> int:
+    d, h, w = self.window or x.shape[1:4]
+    return d * h * w
+
+
+def find_projections(
+  shape: Sequence[int], window: Size | None, compute: Compute
+) -> FusedProjections | None:
+  """Returns the functions, or None if there are no kernels.
+
+  That depends on the platform, the dtype and the sizes.
 
   Args:
     shape: clips, frames, rows, columns and channels of x.
-    window: frames, rows and columns of a window.
+    window: frames, rows and columns of a window, or None.
     compute: dtype and selection of kernels.
   """
   find = compute.choose(no_kernel, gpu=_find_pallas)
@@ -44,8 +102,8 @@ def find_project(
 
 
 def _find_pallas(
-  shape: Sequence[int], window: Size, compute: Compute
-) -> Project | None:
+  shape: Sequence[int], window: Size | None, compute: Compute
+) -> FusedProjections | None:
   """The kernels of projections_gpu on Hopper, for bfloat16, if experimental."""
   if compute.kernels != 'experimental' or not (
     compute.dtype == 'bfloat16' and is_hopper()
@@ -57,21 +115,7 @@ def _find_pallas(
   except (ImportError, AttributeError):
     return None
   batch, d, h, w, channels = shape
-  if not projections_gpu.fits(
-    clips_per_device(batch), (d, h, w), channels, window
-  ):
+  clips = clips_per_device(batch)
+  if not projections_gpu.fits(clips, (d, h, w), channels, window):
     return None
-
-  def project(x, norm, layers):
-    kernels, biases = zip(*layers, strict=True)
-
-    def run(x, *weights):
-      return projections_gpu.norm_project(window[1:], x, *weights)
-
-    with jax.named_scope('norm_project'):
-      x, outputs = run_per_device(
-        run, (x.astype(compute.dtype),), (*norm, kernels, biases)
-      )
-    return x, [jnp.moveaxis(y, 1, 0) for y in outputs]
-
-  return project
+  return FusedProjections(projections_gpu, compute, window)

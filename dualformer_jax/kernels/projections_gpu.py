@@ -1,11 +1,14 @@
-"""LayerNorm and linear layers of its output, as Pallas kernels for Hopper GPUs.
+"""The linear layers around attention as Pallas kernels for Hopper GPUs.
 
-Tokens of windows are read from the grid and written window by window, so that
-nothing is transposed in memory. In a window, the 8 frames of a position are
-consecutive: that is one tile of the operands of tensor cores. The backward pass
-recomputes the normalized tokens, adds the gradient of the residual stream, and
-outputs the normalized tokens for the gradients of the weights, which XLA
-computes.
+`norm_project` is LayerNorm and linear layers of its output, `project_add` a
+linear layer of the output of attention, drop path and the residual. Tokens of
+windows are read from the grid and written window by window, so that nothing is
+transposed in memory. In a window, the 8 frames of a position are consecutive:
+that is one tile of the operands of tensor cores.
+
+The backward passes recompute the normalized tokens, add the gradient of the
+residual stream, and output the operands of the gradients of the weights, which
+XLA computes.
 """
 
 import functools
@@ -25,47 +28,49 @@ from dualformer_jax.kernels.layer_norm import EPSILON
 FRAMES = 8
 # Tokens of a program, by channels: what fits into registers, shared memory.
 _ROWS = {64: 128, 128: 128, 192: 64, 256: 64}
-# Output channels of a step of a program.
+# Channels of a step of a program.
 _WIDTH = 64
 
+Window = tuple[int, int] | None
 Vectors = tuple[Float[Array, 'o'], ...]
 Matrices = tuple[Float[Array, 'c o'], ...]
 
 
-def fits(batch: int, grid: Size, channels: int, window: Size) -> bool:
-  """Returns whether `norm_project` supports these sizes.
+def fits(batch: int, grid: Size, channels: int, window: Size | None) -> bool:
+  """Returns whether the kernels support these sizes.
 
   Args:
     batch: clips of a device; 0 if devices share clips.
     grid: frames, rows and columns of tokens.
     channels: channels of the tokens and of each output.
-    window: frames, rows and columns of a window.
+    window: frames, rows and columns of a window, or None.
   """
-  return (
-    batch > 0
-    and channels in _ROWS
-    and window[0] == FRAMES
-    and not any(g % w for g, w in zip(grid, window, strict=True))
-    and batch * math.prod(grid) % _ROWS[channels] == 0
-  )
+  if window and (
+    window[0] != FRAMES or any(g % w for g, w in zip(grid, window, strict=True))
+  ):
+    return False
+  tokens = batch * math.prod(grid)
+  return tokens > 0 and channels in _ROWS and tokens % _ROWS[channels] == 0
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def norm_project(
-  window: tuple[int, int],
+  window: Window,
   x: Float[Array, 'b d h w c'],
   norm_scale: Float[Array, 'c'],
   norm_bias: Float[Array, 'c'],
   kernels: Matrices,
   biases: Vectors,
-) -> tuple[Float[Array, 'b d h w c'], list[Float[Array, 'b g l o']]]:
-  """Returns x, and norm(x) @ kernel + bias of each of g windows.
+) -> tuple[Float[Array, 'b d h w c'], list[Float[Array, 'n c']]]:
+  """Returns x, and norm(x) @ kernel + bias for each layer.
 
-  The l tokens of a window are ordered by row, column and frame. Callers must
-  continue with the returned x: its gradient is added in the kernel.
+  The n tokens are ordered by clip, window, row, column and frame. Without
+  windows they are ordered as in x, and norm(x) is the first of the outputs.
+  Callers must continue with the returned x: its gradient is added in the
+  kernel.
 
   Args:
-    window: rows and columns of a window; it has 8 frames.
+    window: rows and columns of a window of 8 frames, or None.
     x: tokens, bfloat16.
     norm_scale: scale of LayerNorm.
     norm_bias: bias of LayerNorm.
@@ -73,10 +78,10 @@ def norm_project(
     biases: biases of the linear layers.
   """
   folded = _fold(norm_scale, kernels, x.dtype)
-  biases = tuple(b + norm_bias @ k for k, b in zip(kernels, biases, strict=True))
-  outputs = _forward(window, x, folded, biases)
-  batch, tokens = len(x), FRAMES * math.prod(window)
-  return x, [y.reshape(batch, -1, tokens, y.shape[-1]) for y in outputs]
+  biases = tuple(
+    b + norm_bias @ k for k, b in zip(kernels, biases, strict=True)
+  )
+  return x, _normed_products(window, x, norm_scale, norm_bias, folded, biases)
 
 
 def _norm_project_fwd(window, x, *weights):
@@ -85,62 +90,119 @@ def _norm_project_fwd(window, x, *weights):
 
 def _norm_project_bwd(window, residuals, gradients):
   x, norm_scale, norm_bias, kernels, biases = residuals
-  dx, dys = gradients
-  dys = tuple(dy.reshape(-1, dy.shape[-1]) for dy in dys)
+  dout, dys = gradients
   folded = _fold(norm_scale, kernels, x.dtype)
-  dx, normalized, sums = _backward(window, x, dx, dys, folded)
-  dbiases = tuple(jnp.split(sums.sum(0), len(biases)))
-  products = [
-    jnp.einsum('nc,no->co', normalized, dy, preferred_element_type=jnp.float32)
-    for dy in dys
-  ]
-  dkernels = tuple(
-    norm_scale[:, None] * product + norm_bias[:, None] * dbias
-    for product, dbias in zip(products, dbiases, strict=True)
+  dx, normalized, *sums = _norm_project_gradient(
+    window, x, dout, tuple(dys), norm_scale, folded
   )
-  dscale = sum(
-    jnp.sum(kernel * product, axis=1)
-    for kernel, product in zip(kernels, products, strict=True)
-  )
-  dbias = sum(
-    jnp.sum(kernel * dbias, axis=1)
-    for kernel, dbias in zip(kernels, dbiases, strict=True)
-  )
-  return dx, dscale, dbias, dkernels, dbiases
+  dys = dys[-len(kernels) :]
+  dnorm_scale, dnorm_bias = sums[1].sum(0) if len(sums) > 1 else (0, 0)
+  dkernels, dbiases = [], jnp.split(sums[0].sum(0), len(biases))
+  for kernel, dy, dbias in zip(kernels, dys, dbiases, strict=True):
+    product = _weight_gradient(normalized, dy)
+    dkernels.append(norm_scale[:, None] * product + norm_bias[:, None] * dbias)
+    dnorm_scale += jnp.sum(kernel * product, axis=1)
+    dnorm_bias += jnp.sum(kernel * dbias, axis=1)
+  return dx, dnorm_scale, dnorm_bias, tuple(dkernels), tuple(dbiases)
 
 
 norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_add(
+  window: Window,
+  x: Float[Array, 'b d h w c'],
+  y: Float[Array, 'n c'],
+  branch_scale: Float[Array, 'b'],
+  kernel: Float[Array, 'c c'],
+  bias: Float[Array, 'c'],
+) -> Float[Array, 'b d h w c']:
+  """Returns x + branch_scale * (y @ kernel + bias).
+
+  `branch_scale` has no gradient.
+
+  Args:
+    window: as for `norm_project`.
+    x: tokens, bfloat16.
+    y: tokens in the order that `norm_project` outputs.
+    branch_scale: factor of each clip.
+    kernel: weights of the linear layer.
+    bias: bias of the linear layer.
+  """
+  scale = _scale_of_tokens(branch_scale, y)
+  return _projected_sum(window, x, y, scale, kernel.astype(x.dtype), bias)
+
+
+def _project_add_fwd(window, *operands):
+  return project_add(window, *operands), operands[1:]
+
+
+def _project_add_bwd(window, residuals, dout):
+  y, branch_scale, kernel, _ = residuals
+  scale = _scale_of_tokens(branch_scale, y)
+  dy, scaled, sums = _project_gradient(
+    window, dout, scale, kernel.astype(y.dtype)
+  )
+  return dout, dy, None, _weight_gradient(y, scaled), sums.sum(0)
+
+
+project_add.defvjp(_project_add_fwd, _project_add_bwd)
 
 
 def _fold(norm_scale, kernels, dtype):
   return tuple((norm_scale[:, None] * k).astype(dtype) for k in kernels)
 
 
-def _positions(x, window):
-  """Returns x as groups of frames [b d/8, 8, h w, c], and a function.
+def _scale_of_tokens(branch_scale, y):
+  return jnp.repeat(branch_scale, len(y) // len(branch_scale))
 
-  The function returns the group and the position in it of the nth 8 tokens of
-  all windows.
+
+def _weight_gradient(x, dy):
+  return jnp.einsum('nc,no->co', x, dy, preferred_element_type=jnp.float32)
+
+
+def _grid(x, window):
+  """Returns x as it is copied, and a function that pairs blocks to copy.
+
+  The function pairs blocks of a reference to the former with those of a tile in
+  shared memory that has the tokens of a program.
   """
-  batch, frames, rows, columns, channels = x.shape
-  groups, height, width = frames // FRAMES, *window
+  batch, frames, height, width, channels = x.shape
+  rows = _ROWS[channels]
+  if window is None:
+
+    def whole(ref, tile):
+      return [(ref.at[_mine(rows)], tile)]
+
+    return x.reshape(-1, channels), whole
 
   def find(n):
-    n, column = n // width, n % width
-    n, row = n // height, n % height
-    n, k = n // (columns // width), n % (columns // width)
-    n, j = n // (rows // height), n % (rows // height)
-    return n, (j * height + row) * columns + k * width + column
+    """Returns the frames and the position of the nth 8 tokens of windows."""
+    sizes = width // window[1], window[0], window[1]
+    n, column = n // sizes[2], n % sizes[2]
+    n, row = n // sizes[1], n % sizes[1]
+    n, k = n // sizes[0], n % sizes[0]
+    n, j = n // (height // window[0]), n % (height // window[0])
+    return n, (j * window[0] + row) * width + k * window[1] + column
 
-  return x.reshape(batch * groups, FRAMES, rows * columns, channels), find
+  def by_position(ref, tile):
+    first = jax.lax.axis_index('rows') * (rows // FRAMES)
+    for i in range(rows // FRAMES):
+      group, position = find(first + i)
+      yield ref.at[group, :, position], tile.at[pl.ds(FRAMES * i, FRAMES)]
+
+  groups = batch * frames // FRAMES
+  return x.reshape(groups, FRAMES, height * width, channels), by_position
 
 
-def _copies(find, rows, ref, tile):
-  """Pairs 8 tokens of the grid each with those of the tile of a program."""
-  first = jax.lax.axis_index('rows') * (rows // FRAMES)
-  for i in range(rows // FRAMES):
-    group, position = find(first + i)
-    yield ref.at[group, :, position], tile.at[pl.ds(FRAMES * i, FRAMES)]
+def _mine(rows):
+  """Returns the tokens of a program."""
+  return pl.ds(jax.lax.axis_index('rows') * rows, rows)
+
+
+def _num_copies(rows, window):
+  return 1 if window is None else rows // FRAMES
 
 
 def _normalize(x_tile):
@@ -153,41 +215,49 @@ def _normalize(x_tile):
   return inverse
 
 
+def _write(y, tile, out):
+  """Writes registers to memory by a tile of shared memory."""
+  plgpu.wait_smem_to_gmem(0)
+  tile[...] = y.astype(tile.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(tile, out)
+
+
 # Compiled functions are traced and lowered once for all blocks of a stage.
 @functools.partial(jax.jit, static_argnums=0)
-def _forward(window, x, kernels, biases):
-  """Returns norm(x) @ kernel + bias [n, o], without scale and bias of norm."""
+def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
+  """Returns the outputs of `norm_project`, of folded weights."""
   channels, count = x.shape[-1], len(kernels)
   tokens, rows = x.size // channels, _ROWS[channels]
-  x, find = _positions(x, window)
-  outputs = [
-    jax.ShapeDtypeStruct((tokens, kernel.shape[1]), x.dtype)
-    for kernel in kernels
-  ]
+  has_norm = window is None
+  x, copies = _grid(x, window)
 
-  def body(x, *refs):
-    kernels, biases, outs = (refs[i * count : (i + 1) * count] for i in range(3))
-    x_tile, out_tile, arrived = refs[3 * count :]
-    mine = pl.ds(jax.lax.axis_index('rows') * rows, rows)
-    for source, target in _copies(find, rows, x, x_tile):
+  def body(x, norm_scale, norm_bias, *refs):
+    kernels, biases = refs[:count], refs[count : 2 * count]
+    *outs, x_tile, out_tile, arrived = refs[2 * count :]
+    mine = _mine(rows)
+    for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
     _normalize(x_tile)
+    for start in range(0, channels, _WIDTH) if has_norm else ():
+      chunk = pl.ds(start, _WIDTH)
+      y = hopper.load(x_tile.at[:, chunk])
+      y *= hopper.load_by_column(norm_scale.at[chunk], y.shape)
+      y += hopper.load_by_column(norm_bias.at[chunk], y.shape)
+      _write(y, out_tile, outs[0].at[mine, chunk])
 
-    for kernel, bias, out in zip(kernels, biases, outs, strict=True):
+    for kernel, bias, out in zip(kernels, biases, outs[has_norm:], strict=True):
 
       def step(index, kernel, bias, out=out):
         y = hopper.product(x_tile, kernel)
         y += hopper.load_by_column(bias, y.shape)
-        plgpu.wait_smem_to_gmem(0)
-        out_tile[...] = y.astype(out.dtype)
-        plgpu.commit_smem()
         columns = pl.ds(index[0] * _WIDTH, _WIDTH)
-        plgpu.copy_smem_to_gmem(out_tile, out.at[mine, columns])
+        _write(y, out_tile, out.at[mine, columns])
 
       plgpu.emit_pipeline(
         step,
-        grid=(kernel.shape[1] // _WIDTH,),
+        grid=(channels // _WIDTH,),
         in_specs=[
           hopper.tile_spec((channels, _WIDTH), lambda i: (0, i)),
           hopper.vector_spec(_WIDTH),
@@ -196,55 +266,71 @@ def _forward(window, x, kernels, biases):
       )(kernel, bias)
     plgpu.wait_smem_to_gmem(0)
 
+  out = jax.ShapeDtypeStruct((tokens, channels), x.dtype)
   return hopper.kernel(
     body,
     'norm_project',
-    out_type=outputs,
+    out_type=[out] * (has_norm + count),
     scratch=(
       hopper.tile(rows, channels),
       hopper.tile(rows, _WIDTH),
-      plgpu.Barrier(num_arrivals=rows // FRAMES),
+      plgpu.Barrier(num_arrivals=_num_copies(rows, window)),
     ),
     grid={'rows': tokens // rows},
-    flops=2 * tokens * sum(kernel.size for kernel in kernels),
+    flops=2 * tokens * channels**2 * count,
     transcendentals=tokens,
-  )(x, *kernels, *biases)
+  )(x, norm_scale, norm_bias, *kernels, *biases)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _backward(window, x, dout, dys, kernels):
-  """Returns the gradient of x, normalized tokens, and sums of dys.
+def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
+  """Returns the gradient of x, normalized tokens, and sums of each program.
 
-  The latter are those of each program, [p, m], float32.
+  The latter are float32: those of the gradients of the layers, [p, m], and
+  without windows those of the scale and the bias of the norm, [p, 2, c].
   """
   shape, channels, count = x.shape, x.shape[-1], len(kernels)
   tokens, rows = x.size // channels, _ROWS[channels]
-  x, find = _positions(x, window)
-  widths = [kernel.shape[1] for kernel in kernels]
+  has_norm = window is None
+  x, copies = _grid(x, window)
 
-  def body(x, dout, *refs):
-    dys, kernels = refs[:count], refs[count : 2 * count]
-    dx, out, sums, x_tile, dout_tile, arrived = refs[2 * count :]
-    program = jax.lax.axis_index('rows')
-    mine = pl.ds(program * rows, rows)
-    for ref, tile in ((x, x_tile), (dout, dout_tile)):
-      for source, target in _copies(find, rows, ref, tile):
-        plgpu.copy_gmem_to_smem(source, target, arrived)
+  def body(x, dout, norm_scale, *refs):
+    dys, refs = refs[: has_norm + count], refs[has_norm + count :]
+    kernels, refs = refs[:count], refs[count:]
+    dx, out, sums, *norm_sums, x_tile, dout_tile, arrived, dout_arrived = refs
+    program, mine = jax.lax.axis_index('rows'), _mine(rows)
+    for source, target in copies(x, x_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
     inverse = _normalize(x_tile)
     plgpu.copy_smem_to_gmem(x_tile, out.at[mine])
 
     total = hopper.zeros((rows, channels))
-    for n, (dy, kernel) in enumerate(zip(dys, kernels, strict=True)):
+    if has_norm:
+      plgpu.copy_gmem_to_smem(dys[0].at[mine], dout_tile, arrived)
+      plgpu.barrier_wait(arrived)
+      for chunk in hopper.chunks(channels):
+        y = hopper.load(dout_tile.at[:, chunk])
+        norm_sums[0][program, 1, chunk] = y.sum(0)
+        y *= hopper.load(x_tile.at[:, chunk])
+        norm_sums[0][program, 0, chunk] = y.sum(0)
+      total = hopper.load(dout_tile)
+      total *= hopper.load_by_column(norm_scale, total.shape)
+      plgpu.commit_smem()
+    for source, target in copies(dout, dout_tile):
+      plgpu.copy_gmem_to_smem(source, target, dout_arrived)
+
+    layers = zip(dys[has_norm:], kernels, strict=True)
+    for n, (dy, kernel) in enumerate(layers):
 
       def step(index, dy, kernel, total, n=n):
-        columns = pl.ds(sum(widths[:n]) + index[0] * _WIDTH, _WIDTH)
+        columns = pl.ds(n * channels + index[0] * _WIDTH, _WIDTH)
         sums[program, columns] = hopper.load(dy).sum(0)
         return hopper.add_product(total, dy, kernel.transpose((1, 0)))
 
       total = plgpu.emit_pipeline(
         step,
-        grid=(widths[n] // _WIDTH,),
+        grid=(channels // _WIDTH,),
         in_specs=[
           hopper.tile_spec((rows, _WIDTH), lambda i: (0, i)),
           hopper.tile_spec((channels, _WIDTH), lambda i: (0, i)),
@@ -252,6 +338,7 @@ def _backward(window, x, dout, dys, kernels):
         max_concurrent_steps=2,
         init_carry=total,
       )(dy.at[mine], kernel)
+    plgpu.barrier_wait(dout_arrived)
 
     # The gradient of the normalized tokens is now `total`.
     mean = product = hopper.zeros((rows,), hopper.ROW)
@@ -268,25 +355,135 @@ def _backward(window, x, dout, dys, kernels):
       y += hopper.load(dout_tile.at[:, chunk])
       dout_tile[:, chunk] = y.astype(dout_tile.dtype)
     plgpu.commit_smem()
-    for target, source in _copies(find, rows, dx, dout_tile):
+    for target, source in copies(dx, dout_tile):
       plgpu.copy_smem_to_gmem(source, target)
     plgpu.wait_smem_to_gmem(0)
 
-  dx, normalized, sums = hopper.kernel(
+  def sums(*shape):
+    return jax.ShapeDtypeStruct((tokens // rows, *shape), jnp.float32)
+
+  num_copies = _num_copies(rows, window)
+  dx, *rest = hopper.kernel(
     body,
     'norm_project_gradient',
     out_type=[
       jax.ShapeDtypeStruct(x.shape, x.dtype),
       jax.ShapeDtypeStruct((tokens, channels), x.dtype),
-      jax.ShapeDtypeStruct((tokens // rows, sum(widths)), jnp.float32),
+      sums(count * channels),
+      *[sums(2, channels)] * has_norm,
     ],
     scratch=(
-      hopper.tile(rows, channels),
-      hopper.tile(rows, channels),
-      plgpu.Barrier(num_arrivals=2 * (rows // FRAMES)),
+      *[hopper.tile(rows, channels)] * 2,
+      *[plgpu.Barrier(num_arrivals=num_copies)] * 2,
     ),
     grid={'rows': tokens // rows},
-    flops=2 * tokens * channels * sum(widths),
+    flops=2 * tokens * channels**2 * count,
     transcendentals=tokens,
-  )(x, dout.reshape(x.shape), *dys, *kernels)
-  return dx.reshape(shape), normalized, sums
+  )(x, dout.reshape(x.shape), norm_scale, *dys, *kernels)
+  return dx.reshape(shape), *rest
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _projected_sum(window, x, y, scale, kernel, bias):
+  """Returns x + scale * (y @ kernel + bias)."""
+  shape, channels = x.shape, x.shape[-1]
+  tokens, rows = x.size // channels, _ROWS[channels]
+  x, copies = _grid(x, window)
+
+  def body(x, y, scale, kernel, bias, out, x_tile, scale_tile, arrived):
+    mine = _mine(rows)
+    for source, target in copies(x, x_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
+
+    def step(_, y, kernel, total):
+      return hopper.add_product(total, y, kernel)
+
+    total = plgpu.emit_pipeline(
+      step,
+      grid=(channels // _WIDTH,),
+      in_specs=[
+        hopper.tile_spec((rows, _WIDTH), lambda i: (0, i)),
+        hopper.tile_spec((_WIDTH, channels), lambda i: (i, 0)),
+      ],
+      max_concurrent_steps=2,
+      init_carry=hopper.zeros((rows, channels)),
+    )(y.at[mine], kernel)
+    plgpu.barrier_wait(arrived)
+    for chunk in hopper.chunks(channels):
+      part = total[:, chunk]
+      part += hopper.load_by_column(bias.at[chunk], part.shape)
+      part *= hopper.load_by_row(scale_tile, part.shape)
+      part += hopper.load(x_tile.at[:, chunk])
+      x_tile[:, chunk] = part.astype(x_tile.dtype)
+    plgpu.commit_smem()
+    for target, source in copies(out, x_tile):
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
+
+  return hopper.kernel(
+    body,
+    'project_add',
+    out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    scratch=(
+      hopper.tile(rows, channels),
+      hopper.vector(rows),
+      plgpu.Barrier(num_arrivals=_num_copies(rows, window) + 1),
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2,
+    transcendentals=0,
+  )(x, y, scale, kernel, bias).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _project_gradient(window, dout, scale, kernel):
+  """Returns the gradient of y, scale * dout, and its sums of each program."""
+  channels = dout.shape[-1]
+  tokens, rows = dout.size // channels, _ROWS[channels]
+  dout, copies = _grid(dout, window)
+
+  def body(dout, scale, kernel, dy, scaled, sums, *scratch):
+    dout_tile, scale_tile, out_tile, arrived = scratch
+    program, mine = jax.lax.axis_index('rows'), _mine(rows)
+    for source, target in copies(dout, dout_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
+    plgpu.barrier_wait(arrived)
+    for chunk in hopper.chunks(channels):
+      y = hopper.load(dout_tile.at[:, chunk])
+      y *= hopper.load_by_row(scale_tile, y.shape)
+      sums[program, chunk] = y.sum(0)
+      dout_tile[:, chunk] = y.astype(dout_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(dout_tile, scaled.at[mine])
+
+    def step(index, kernel):
+      y = hopper.product(dout_tile, kernel.transpose((1, 0)))
+      columns = pl.ds(index[0] * _WIDTH, _WIDTH)
+      _write(y, out_tile, dy.at[mine, columns])
+
+    plgpu.emit_pipeline(
+      step,
+      grid=(channels // _WIDTH,),
+      in_specs=[hopper.tile_spec((_WIDTH, channels), lambda i: (i, 0))],
+      max_concurrent_steps=2,
+    )(kernel)
+    plgpu.wait_smem_to_gmem(0)
+
+  out = jax.ShapeDtypeStruct((tokens, channels), dout.dtype)
+  sums = jax.ShapeDtypeStruct((tokens // rows, channels), jnp.float32)
+  return hopper.kernel(
+    body,
+    'project_gradient',
+    out_type=(out, out, sums),
+    scratch=(
+      hopper.tile(rows, channels),
+      hopper.vector(rows),
+      hopper.tile(rows, _WIDTH),
+      plgpu.Barrier(num_arrivals=_num_copies(rows, window) + 1),
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2,
+    transcendentals=0,
+  )(dout, scale, kernel)

@@ -18,7 +18,10 @@ from dualformer_jax.kernels.attention_branch import Branch, find_branch
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.mlp import Weights
 from dualformer_jax.kernels.norm_pool import NormPool, find_norm_pool
-from dualformer_jax.kernels.projections import Project, find_project
+from dualformer_jax.kernels.projections import (
+  FusedProjections,
+  find_projections,
+)
 from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
@@ -67,14 +70,26 @@ class LocalWindowAttention(nn.Module):
     window: Any = tuple(self.sizes.values())
     return find_branch(shape, self.num_heads, self.compute, window)
 
-  def find_project(self, batch: int) -> Project | None:
-    """Returns a function that computes norm and projections in one operation.
+  def find_projections(self, batch: int) -> FusedProjections | None:
+    """Returns the projections as operations fused with norm and residual.
 
-    Returns None if there is none for the platform, the dtype or the sizes.
+    Returns None if there are none for the platform, the dtype or the sizes.
     """
     window: Any = tuple(self.sizes.values())
     shape = (batch, *self.grid, self.channels)
-    return find_project(shape, window, self.compute)
+    return find_projections(shape, window, self.compute)
+
+  def project_fused(
+    self,
+    projections: FusedProjections,
+    x: Float[Array, 'b d h w c'],
+    norm: Weights,
+    train: bool = False,
+  ) -> tuple[Float[Array, '...'], ...]:
+    """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
+    layers, _ = self.weights(x.shape)
+    x, qkv = projections.norm_project(x, norm, layers)
+    return x, *qkv
 
   def weights(self, shape: Sequence[int]) -> tuple[list[Weights], Weights]:
     """Returns the weights of projections before and after attention."""
@@ -91,13 +106,8 @@ class LocalWindowAttention(nn.Module):
     q, k, v = self.qkv(x)
     return q, k, v
 
-  def attend(
-    self, qkv: QKV, tokens: str = 'wd wh ww'
-  ) -> Float[Array, 'b d h w c']:
-    """Returns the output of attention for each token.
-
-    `tokens` is the order of the tokens of a window.
-    """
+  def attend(self, qkv: QKV) -> Float[Array, 'b d h w c']:
+    """Returns the output of attention for each token."""
     is_key = None
     if any(after for _, after in self.padding):
       is_key = rearrange(
@@ -108,7 +118,7 @@ class LocalWindowAttention(nn.Module):
     x = self.proj(attention(*qkv, self.num_heads, self.compute, is_key))
     x = rearrange(
       x,
-      f'(i j k) b ({tokens}) c -> b (i wd) (j wh) (k ww) c',
+      '(i j k) b (wd wh ww) c -> b (i wd) (j wh) (k ww) c',
       **self.sizes,
       **self.counts,
     )
@@ -159,6 +169,26 @@ class GlobalPyramidAttention(nn.Module):
       num_keys += math.prod(size)
     shape = (batch, *self.grid, self.channels)
     return find_branch(shape, self.num_heads, self.compute, num_keys=num_keys)
+
+  def find_projections(self, batch: int) -> FusedProjections | None:
+    """Returns the projections as operations fused with norm and residual.
+
+    Returns None if there are none for the platform, the dtype or the sizes.
+    """
+    shape = (batch, *self.grid, self.channels)
+    return find_projections(shape, None, self.compute)
+
+  def project_fused(
+    self,
+    projections: FusedProjections,
+    x: Float[Array, 'b d h w c'],
+    norm: Weights,
+    train: bool = False,
+  ) -> tuple[Float[Array, '...'], ...]:
+    """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
+    layers, _ = self.weights(x.shape)
+    x, (y, q) = projections.norm_project(x, norm, layers)
+    return x, q, *self.project_keys(y.reshape(x.shape), train)
 
   def weights(self, shape: Sequence[int]) -> tuple[list[Weights], Weights]:
     """Returns the weights of projections of queries and of the output."""

@@ -1,7 +1,7 @@
-"""LayerNorm with linear layers of windows, and its gradients, agree with float64."""
+"""Linear layers around attention, and their gradients, agree with float64."""
 
+import functools
 import importlib
-from typing import Any
 
 from einops import rearrange
 import jax
@@ -11,67 +11,70 @@ import pytest
 
 from tests.kernels import float64
 
-WINDOW = 2, 4  # rows and columns
+
+def to_windows(x, window):
+  """Returns tokens in the order of the kernels, [n, c]."""
+  if window is None:
+    return x.reshape(-1, x.shape[-1])
+  h, w = window
+  pattern = 'b (i wd) (j wh) (k ww) c -> (b i j k wh ww wd) c'
+  return rearrange(x, pattern, wd=8, wh=h, ww=w)
 
 
-def to_windows(x):
-  return rearrange(
-    x,
-    'b (i wd) (j wh) (k ww) c -> b (i j k) (wh ww wd) c',
-    wd=8,
-    wh=WINDOW[0],
-    ww=WINDOW[1],
-  )
+def to_grid(x, window, grid):
+  if window is None:
+    return x.reshape(-1, *grid, x.shape[-1])
+  (d, h, w), (wh, ww) = grid, window
+  sizes = {'wd': 8, 'wh': wh, 'ww': ww, 'i': d // 8, 'j': h // wh, 'k': w // ww}
+  pattern = '(b i j k wh ww wd) c -> b (i wd) (j wh) (k ww) c'
+  return rearrange(x, pattern, **sizes)
 
 
-def from_windows(x, grid):
-  return rearrange(
-    x,
-    'b (i j k) (wh ww wd) c -> b (i wd) (j wh) (k ww) c',
-    wd=8,
-    wh=WINDOW[0],
-    ww=WINDOW[1],
-    i=grid[0] // 8,
-    j=grid[1] // WINDOW[0],
-  )
+SHAPE = 2, 16, 4, 8
 
 
-def draw(shape, dtype):
-  """Returns x, the weights of the norm and of two layers, and gradients."""
-  normal = np.random.default_rng(0).standard_normal
-  channels = shape[-1]
-  x = normal(shape) + 3 * normal((*shape[:-1], 1))
-  norm = 1 + 0.3 * normal(channels), 0.2 * normal(channels)
-  layers = [
-    (normal((channels, channels)) * channels**-0.5, normal(channels))
-    for _ in range(2)
-  ]
-  dx, *dys = (normal(shape) for _ in range(3))
-
-  def cast(dtype, *arrays):
-    return [jnp.asarray(a, dtype) for a in arrays]
-
-  kernels, biases = (tuple(cast('float32', *w)) for w in zip(*layers, strict=True))
-  x, dx, *dys = cast(dtype, x, dx, *(to_windows(dy) for dy in dys))
-  return (x, *cast('float32', *norm), kernels, biases), (dx, dys)
+def draw(*shapes, dtype='float32'):
+  """Returns random arrays, of the values of `dtype`."""
+  rng = np.random.default_rng(len(shapes))
+  return [jnp.asarray(rng.standard_normal(s), dtype) for s in shapes]
 
 
-def formula(arguments, gradients):
+def norm_project(window, x, scale, bias, kernels, biases, dx, dys):
   """Returns outputs and gradients, in float64."""
-  x, scale, bias, kernels, biases, dx, dys = jax.tree.map(
-    lambda a: np.asarray(a, np.float64), (*arguments, *gradients)
-  )
   y, norm_pullback = float64.layer_norm(x, scale, bias)
-  outputs, dkernels, dbiases, dnorm = [], [], [], 0
+  outputs, dkernels, dbiases, dnorm = [], [], [], np.zeros_like(x)
+  if window is None:
+    outputs.append(to_windows(y, None))
+    dnorm += dys[0].reshape(x.shape)
+    dys = dys[1:]
   for kernel, layer_bias, dy in zip(kernels, biases, dys, strict=True):
     output, pullback = float64.linear(y, kernel, layer_bias)
-    dinput, dkernel, dbias = pullback(from_windows(dy, x.shape[1:4]))
-    outputs.append(to_windows(output))
+    dinput, dkernel, dbias = pullback(to_grid(dy, window, x.shape[1:4]))
+    outputs.append(to_windows(output, window))
     dkernels.append(dkernel)
     dbiases.append(dbias)
-    dnorm = dnorm + dinput
+    dnorm += dinput
   dinput, *dweights = norm_pullback(dnorm)
   return x, *outputs, dx + dinput, *dweights, *dkernels, *dbiases
+
+
+def project_add(window, x, y, branch_scale, kernel, bias, dout):
+  """Returns the output and gradients, in float64."""
+  branch_scale = branch_scale[:, None, None, None, None]
+  grid = to_grid(y, window, x.shape[1:4])
+  output, pullback = float64.linear(grid, kernel, bias)
+  dy, *dweights = pullback(branch_scale * dout)
+  return x + branch_scale * output, dout, to_windows(dy, window), *dweights
+
+
+def assert_agree(actual, expected):
+  for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
+    error = np.abs(np.asarray(a, np.float64) - e).max()
+    assert error <= 2**-7 * np.abs(e).max(), index
+
+
+def exact(tree):
+  return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
 
 @pytest.fixture(name='module')
@@ -92,21 +95,41 @@ def _module(monkeypatch):
     yield module
 
 
+CASES = pytest.mark.parametrize(
+  ('window', 'channels'), [((2, 4), 64), ((4, 2), 256), (None, 128)]
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize('channels', [64, 256])
-def test_gpu_kernels_and_gradients(module, channels):
-  shape = 1, 16, 4, 8, channels
-  assert module.fits(1, shape[1:4], channels, (8, *WINDOW))
-  arguments, gradients = draw(shape, 'bfloat16')
-  (x, ys), vjp = jax.vjp(
-    lambda *a: module.norm_project(WINDOW, *a), *arguments
+@CASES
+def test_norm_project_and_gradients(module, window, channels):
+  shape = *SHAPE, channels
+  x, dx, means = draw(shape, shape, (*SHAPE, 1), dtype='bfloat16')
+  x += 3 * means
+  scale, bias, *layers = draw(*[channels] * 4, *[(channels, channels)] * 2)
+  weights = 1 + 0.3 * scale, bias, tuple(layers[2:]), tuple(layers[:2])
+  dys = draw(*[(x.size // channels, channels)] * (2 + (window is None)))
+  dys = [dy.astype('bfloat16') for dy in dys]
+  (x_out, ys), vjp = jax.vjp(
+    functools.partial(module.norm_project, window), x, *weights
   )
-  dx, dscale, dbias, dkernels, dbiases = vjp(gradients)
-  actual: Any = x, *ys, dx, dscale, dbias, *dkernels, *dbiases
-  expected = formula(arguments, gradients)
-  for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
-    error = np.abs(np.asarray(a, np.float64) - e).max()
-    assert error <= 2**-7 * np.abs(e).max(), index
+  *gradients, dkernels, dbiases = vjp((dx, dys))
+  actual = x_out, *ys, *gradients, *dkernels, *dbiases
+  assert_agree(actual, norm_project(window, *exact((x, *weights, dx, dys))))
+
+
+@pytest.mark.slow
+@CASES
+def test_project_add_and_gradients(module, window, channels):
+  shape = *SHAPE, channels
+  x, dout = draw(shape, shape, dtype='bfloat16')
+  (y,) = draw((x.size // channels, channels), dtype='bfloat16')
+  kernel, bias = draw((channels, channels), channels)
+  operands = x, y, jnp.array([0.75, 1.5]), kernel, bias
+  out, vjp = jax.vjp(functools.partial(module.project_add, window), *operands)
+  dx, dy, _, dkernel, dbias = vjp(dout)
+  expected = project_add(window, *exact((*operands, dout)))
+  assert_agree((out, dx, dy, dkernel, dbias), expected)
 
 
 def test_gpu_kernels_reject_unsupported_sizes():
@@ -120,3 +143,5 @@ def test_gpu_kernels_reject_unsupported_sizes():
   assert not module.fits(8, (4, 56, 56), 64, (4, 7, 7))
   assert not module.fits(1, (8, 7, 7), 64, window)
   assert not module.fits(0, (16, 56, 56), 64, window)
+  assert module.fits(8, (4, 32, 32), 64, None)
+  assert not module.fits(1, (1, 9, 9), 64, None)
