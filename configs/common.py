@@ -29,8 +29,8 @@ def get_config() -> config_dict.ConfigDict:
         'remat': 'elementwise',  # or 'none', 'block'
         'dtype': 'bfloat16',  # or 'float32'
         # Implementations of operations: the fastest for each platform,
-        # 'experimental' (docs/performance.md, "MLP branch and LayerNorm on
-        # Hopper"), or 'reference' for plain JAX, for debugging.
+        # 'experimental' (docs/performance.md, "Kernels on Hopper"), or
+        # 'reference' for plain JAX, for debugging.
         'kernels': 'auto',
       },
       'dataset': {

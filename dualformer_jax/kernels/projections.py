@@ -111,11 +111,11 @@ def _find_pallas(
     return None
   # Pallas for GPUs is experimental: another version may have no such kernels.
   try:
-    from dualformer_jax.kernels import projections_gpu
+    from dualformer_jax.kernels import projections_gpu, windows_gpu
   except (ImportError, AttributeError):
     return None
   batch, d, h, w, channels = shape
   clips = clips_per_device(batch)
-  if not projections_gpu.fits(clips, (d, h, w), channels, window):
+  if not windows_gpu.fits(clips, (d, h, w), channels, window):
     return None
   return FusedProjections(projections_gpu, compute, window)

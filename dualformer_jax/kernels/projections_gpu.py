@@ -12,7 +12,6 @@ XLA computes.
 """
 
 import functools
-import math
 
 import jax
 from jax.experimental import pallas as pl
@@ -20,42 +19,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import hopper
-from dualformer_jax.kernels.dispatch import Size
+from dualformer_jax.kernels import hopper, windows_gpu
 from dualformer_jax.kernels.layer_norm import EPSILON
 
-# Frames of a window.
-FRAMES = 8
-# Tokens of a program, by channels: what fits into registers, shared memory.
-_ROWS = {64: 128, 128: 128, 192: 64, 256: 64}
-# Channels of a step of a program.
-_WIDTH = 64
-
-Window = tuple[int, int] | None
 Vectors = tuple[Float[Array, 'o'], ...]
 Matrices = tuple[Float[Array, 'c o'], ...]
 
 
-def fits(batch: int, grid: Size, channels: int, window: Size | None) -> bool:
-  """Returns whether the kernels support these sizes.
-
-  Args:
-    batch: clips of a device; 0 if devices share clips.
-    grid: frames, rows and columns of tokens.
-    channels: channels of the tokens and of each output.
-    window: frames, rows and columns of a window, or None.
-  """
-  if window and (
-    window[0] != FRAMES or any(g % w for g, w in zip(grid, window, strict=True))
-  ):
-    return False
-  tokens = batch * math.prod(grid)
-  return tokens > 0 and channels in _ROWS and tokens % _ROWS[channels] == 0
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def norm_project(
-  window: Window,
+  window: windows_gpu.Window,
   x: Float[Array, 'b d h w c'],
   norm_scale: Float[Array, 'c'],
   norm_bias: Float[Array, 'c'],
@@ -111,7 +84,7 @@ norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def project_add(
-  window: Window,
+  window: windows_gpu.Window,
   x: Float[Array, 'b d h w c'],
   y: Float[Array, 'n c'],
   branch_scale: Float[Array, 'b'],
@@ -162,49 +135,6 @@ def _weight_gradient(x, dy):
   return jnp.einsum('nc,no->co', x, dy, preferred_element_type=jnp.float32)
 
 
-def _grid(x, window):
-  """Returns x as it is copied, and a function that pairs blocks to copy.
-
-  The function pairs blocks of a reference to the former with those of a tile in
-  shared memory that has the tokens of a program.
-  """
-  batch, frames, height, width, channels = x.shape
-  rows = _ROWS[channels]
-  if window is None:
-
-    def whole(ref, tile):
-      return [(ref.at[_mine(rows)], tile)]
-
-    return x.reshape(-1, channels), whole
-
-  def find(n):
-    """Returns the frames and the position of the nth 8 tokens of windows."""
-    sizes = width // window[1], window[0], window[1]
-    n, column = n // sizes[2], n % sizes[2]
-    n, row = n // sizes[1], n % sizes[1]
-    n, k = n // sizes[0], n % sizes[0]
-    n, j = n // (height // window[0]), n % (height // window[0])
-    return n, (j * window[0] + row) * width + k * window[1] + column
-
-  def by_position(ref, tile):
-    first = jax.lax.axis_index('rows') * (rows // FRAMES)
-    for i in range(rows // FRAMES):
-      group, position = find(first + i)
-      yield ref.at[group, :, position], tile.at[pl.ds(FRAMES * i, FRAMES)]
-
-  groups = batch * frames // FRAMES
-  return x.reshape(groups, FRAMES, height * width, channels), by_position
-
-
-def _mine(rows):
-  """Returns the tokens of a program."""
-  return pl.ds(jax.lax.axis_index('rows') * rows, rows)
-
-
-def _num_copies(rows, window):
-  return 1 if window is None else rows // FRAMES
-
-
 def _normalize(x_tile):
   """Normalizes tokens in shared memory; returns 1 / deviation of each."""
   mean, inverse = hopper.statistics(x_tile, EPSILON)
@@ -215,52 +145,44 @@ def _normalize(x_tile):
   return inverse
 
 
-def _write(y, tile, out):
-  """Writes registers to memory by a tile of shared memory."""
-  plgpu.wait_smem_to_gmem(0)
-  tile[...] = y.astype(tile.dtype)
-  plgpu.commit_smem()
-  plgpu.copy_smem_to_gmem(tile, out)
-
-
 # Compiled functions are traced and lowered once for all blocks of a stage.
 @functools.partial(jax.jit, static_argnums=0)
 def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
   """Returns the outputs of `norm_project`, of folded weights."""
   channels, count = x.shape[-1], len(kernels)
-  tokens, rows = x.size // channels, _ROWS[channels]
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
   has_norm = window is None
-  x, copies = _grid(x, window)
+  x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, norm_scale, norm_bias, *refs):
     kernels, biases = refs[:count], refs[count : 2 * count]
     *outs, x_tile, out_tile, arrived = refs[2 * count :]
-    mine = _mine(rows)
+    mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
     _normalize(x_tile)
-    for start in range(0, channels, _WIDTH) if has_norm else ():
-      chunk = pl.ds(start, _WIDTH)
+    for start in range(0, channels, windows_gpu.WIDTH) if has_norm else ():
+      chunk = pl.ds(start, windows_gpu.WIDTH)
       y = hopper.load(x_tile.at[:, chunk])
       y *= hopper.load_by_column(norm_scale.at[chunk], y.shape)
       y += hopper.load_by_column(norm_bias.at[chunk], y.shape)
-      _write(y, out_tile, outs[0].at[mine, chunk])
+      windows_gpu.write(y, out_tile, outs[0].at[mine, chunk])
 
     for kernel, bias, out in zip(kernels, biases, outs[has_norm:], strict=True):
 
       def step(index, kernel, bias, out=out):
         y = hopper.product(x_tile, kernel)
         y += hopper.load_by_column(bias, y.shape)
-        columns = pl.ds(index[0] * _WIDTH, _WIDTH)
-        _write(y, out_tile, out.at[mine, columns])
+        columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+        windows_gpu.write(y, out_tile, out.at[mine, columns])
 
       plgpu.emit_pipeline(
         step,
-        grid=(channels // _WIDTH,),
+        grid=(channels // windows_gpu.WIDTH,),
         in_specs=[
-          hopper.tile_spec((channels, _WIDTH), lambda i: (0, i)),
-          hopper.vector_spec(_WIDTH),
+          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
+          hopper.vector_spec(windows_gpu.WIDTH),
         ],
         max_concurrent_steps=2,
       )(kernel, bias)
@@ -273,8 +195,8 @@ def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
     out_type=[out] * (has_norm + count),
     scratch=(
       hopper.tile(rows, channels),
-      hopper.tile(rows, _WIDTH),
-      plgpu.Barrier(num_arrivals=_num_copies(rows, window)),
+      hopper.tile(rows, windows_gpu.WIDTH),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window)),
     ),
     grid={'rows': tokens // rows},
     flops=2 * tokens * channels**2 * count,
@@ -290,15 +212,18 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
   without windows those of the scale and the bias of the norm, [p, 2, c].
   """
   shape, channels, count = x.shape, x.shape[-1], len(kernels)
-  tokens, rows = x.size // channels, _ROWS[channels]
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
   has_norm = window is None
-  x, copies = _grid(x, window)
+  x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, dout, norm_scale, *refs):
     dys, refs = refs[: has_norm + count], refs[has_norm + count :]
     kernels, refs = refs[:count], refs[count:]
     dx, out, sums, *norm_sums, x_tile, dout_tile, arrived, dout_arrived = refs
-    program, mine = jax.lax.axis_index('rows'), _mine(rows)
+    program, mine = (
+      jax.lax.axis_index('rows'),
+      windows_gpu.tokens_of_program(rows),
+    )
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
@@ -324,16 +249,18 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
     for n, (dy, kernel) in enumerate(layers):
 
       def step(index, dy, kernel, total, n=n):
-        columns = pl.ds(n * channels + index[0] * _WIDTH, _WIDTH)
+        columns = pl.ds(
+          n * channels + index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH
+        )
         sums[program, columns] = hopper.load(dy).sum(0)
         return hopper.add_product(total, dy, kernel.transpose((1, 0)))
 
       total = plgpu.emit_pipeline(
         step,
-        grid=(channels // _WIDTH,),
+        grid=(channels // windows_gpu.WIDTH,),
         in_specs=[
-          hopper.tile_spec((rows, _WIDTH), lambda i: (0, i)),
-          hopper.tile_spec((channels, _WIDTH), lambda i: (0, i)),
+          hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
+          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
         ],
         max_concurrent_steps=2,
         init_carry=total,
@@ -362,7 +289,7 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
   def sums(*shape):
     return jax.ShapeDtypeStruct((tokens // rows, *shape), jnp.float32)
 
-  num_copies = _num_copies(rows, window)
+  num_copies = windows_gpu.num_copies(rows, window)
   dx, *rest = hopper.kernel(
     body,
     'norm_project_gradient',
@@ -387,11 +314,11 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
 def _projected_sum(window, x, y, scale, kernel, bias):
   """Returns x + scale * (y @ kernel + bias)."""
   shape, channels = x.shape, x.shape[-1]
-  tokens, rows = x.size // channels, _ROWS[channels]
-  x, copies = _grid(x, window)
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
+  x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, y, scale, kernel, bias, out, x_tile, scale_tile, arrived):
-    mine = _mine(rows)
+    mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
@@ -401,10 +328,10 @@ def _projected_sum(window, x, y, scale, kernel, bias):
 
     total = plgpu.emit_pipeline(
       step,
-      grid=(channels // _WIDTH,),
+      grid=(channels // windows_gpu.WIDTH,),
       in_specs=[
-        hopper.tile_spec((rows, _WIDTH), lambda i: (0, i)),
-        hopper.tile_spec((_WIDTH, channels), lambda i: (i, 0)),
+        hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
+        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0)),
       ],
       max_concurrent_steps=2,
       init_carry=hopper.zeros((rows, channels)),
@@ -428,7 +355,7 @@ def _projected_sum(window, x, y, scale, kernel, bias):
     scratch=(
       hopper.tile(rows, channels),
       hopper.vector(rows),
-      plgpu.Barrier(num_arrivals=_num_copies(rows, window) + 1),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
     ),
     grid={'rows': tokens // rows},
     flops=2 * tokens * channels**2,
@@ -440,12 +367,15 @@ def _projected_sum(window, x, y, scale, kernel, bias):
 def _project_gradient(window, dout, scale, kernel):
   """Returns the gradient of y, scale * dout, and its sums of each program."""
   channels = dout.shape[-1]
-  tokens, rows = dout.size // channels, _ROWS[channels]
-  dout, copies = _grid(dout, window)
+  tokens, rows = dout.size // channels, windows_gpu.ROWS[channels]
+  dout, copies = windows_gpu.copied_grid(dout, window)
 
   def body(dout, scale, kernel, dy, scaled, sums, *scratch):
     dout_tile, scale_tile, out_tile, arrived = scratch
-    program, mine = jax.lax.axis_index('rows'), _mine(rows)
+    program, mine = (
+      jax.lax.axis_index('rows'),
+      windows_gpu.tokens_of_program(rows),
+    )
     for source, target in copies(dout, dout_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
@@ -460,13 +390,15 @@ def _project_gradient(window, dout, scale, kernel):
 
     def step(index, kernel):
       y = hopper.product(dout_tile, kernel.transpose((1, 0)))
-      columns = pl.ds(index[0] * _WIDTH, _WIDTH)
-      _write(y, out_tile, dy.at[mine, columns])
+      columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+      windows_gpu.write(y, out_tile, dy.at[mine, columns])
 
     plgpu.emit_pipeline(
       step,
-      grid=(channels // _WIDTH,),
-      in_specs=[hopper.tile_spec((_WIDTH, channels), lambda i: (i, 0))],
+      grid=(channels // windows_gpu.WIDTH,),
+      in_specs=[
+        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0))
+      ],
       max_concurrent_steps=2,
     )(kernel)
     plgpu.wait_smem_to_gmem(0)
@@ -480,8 +412,8 @@ def _project_gradient(window, dout, scale, kernel):
     scratch=(
       hopper.tile(rows, channels),
       hopper.vector(rows),
-      hopper.tile(rows, _WIDTH),
-      plgpu.Barrier(num_arrivals=_num_copies(rows, window) + 1),
+      hopper.tile(rows, windows_gpu.WIDTH),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
     ),
     grid={'rows': tokens // rows},
     flops=2 * tokens * channels**2,

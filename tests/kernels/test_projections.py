@@ -2,6 +2,9 @@
 
 import functools
 import importlib
+import json
+import types
+from unittest import mock
 
 from einops import rearrange
 import jax
@@ -9,6 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dualformer_jax.kernels import dispatch, projections
+from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.layer_norm import reference
+from dualformer_jax.models import attention
+from dualformer_jax.models.dualformer import Block
+from tests import eight_devices
 from tests.kernels import float64
 
 
@@ -133,7 +142,7 @@ def test_project_add_and_gradients(module, window, channels):
 
 
 def test_gpu_kernels_reject_unsupported_sizes():
-  module = importlib.import_module('dualformer_jax.kernels.projections_gpu')
+  module = importlib.import_module('dualformer_jax.kernels.windows_gpu')
   window = 8, 7, 7
   assert module.fits(8, (16, 56, 56), 64, window)
   assert module.fits(1, (16, 14, 14), 256, window)
@@ -145,3 +154,94 @@ def test_gpu_kernels_reject_unsupported_sizes():
   assert not module.fits(0, (16, 56, 56), 64, window)
   assert module.fits(8, (4, 32, 32), 64, None)
   assert not module.fits(1, (1, 9, 9), 64, None)
+
+
+def plain_norm_project(window, x, scale, bias, kernels, biases):
+  """Stands in for the kernels, on any platform."""
+  y = reference(x, scale, bias)
+  outputs = [] if window else [to_windows(y, None)]
+  layers = zip(kernels, biases, strict=True)
+  outputs += [to_windows(y @ kernel + b, window) for kernel, b in layers]
+  return x, outputs
+
+
+def plain_project_add(window, x, y, branch_scale, kernel, bias):
+  """Stands in for the kernels, on any platform."""
+  y = to_grid(y @ kernel + bias, window, x.shape[1:4])
+  return x + branch_scale[:, None, None, None, None] * y
+
+
+def find_plain(shape, window, compute):
+  """Stands in for `find_projections`."""
+  module = types.SimpleNamespace(
+    norm_project=plain_norm_project, project_add=plain_project_add
+  )
+  return projections.FusedProjections(module, compute, window)
+
+
+def run_block(window):
+  """Returns the output of a block of 8 clips and all gradients."""
+  block = Block(
+    16, 2, (8, 4, 4), window, (4, 2, 2), (2, 2, 2), 'elementwise', Compute()
+  )
+  x, dout = draw((8, 8, 4, 4, 16), (8, 8, 4, 4, 16))
+  scales = jnp.linspace(0.5, 1.5, 16).reshape(2, 8)
+  variables = block.init(jax.random.key(0), x, False)
+  # Initial biases are zero.
+  params = jax.tree.map(lambda p: p + 0.1, variables['params'])
+
+  @jax.jit
+  def run(params, x, dout):
+    def apply(params, x):
+      return block.apply({**variables, 'params': params}, x, False, scales)
+
+    out, vjp = jax.vjp(apply, params, x)
+    return out, vjp(dout)
+
+  return jax.tree.leaves(run(params, x, dout))
+
+
+def block_errors(window):
+  """Returns the relative differences of a block with and without fusion."""
+  expected = run_block(window)
+  with mock.patch.object(attention, 'find_projections', find_plain):
+    actual = run_block(window)
+  return [
+    float(np.abs(a - e).max() / np.abs(e).max())
+    for a, e in zip(map(np.asarray, actual), expected, strict=True)
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('window', [(8, 2, 4), None])
+def test_block_with_fused_projections_equals_separate_operations(window):
+  assert max(block_errors(window)) < 1e-5
+
+
+@pytest.mark.slow
+def test_sharded_projections_equal_one_device():
+  errors = json.loads(eight_devices.run('sharded_projections'))
+  assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize(
+  ('kernels', 'dtype', 'device', 'channels', 'is_found'),
+  [
+    ('experimental', 'bfloat16', 'NVIDIA H200', 64, True),
+    ('experimental', 'bfloat16', 'NVIDIA H200', 96, False),
+    ('experimental', 'bfloat16', 'NVIDIA A100-SXM4-80GB', 64, False),
+    ('experimental', 'float32', 'NVIDIA H200', 64, False),
+    ('auto', 'bfloat16', 'NVIDIA H200', 64, False),
+  ],
+)
+def test_gpu_kernels_are_found(
+  monkeypatch, kernels, dtype, device, channels, is_found
+):
+  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+  devices = [types.SimpleNamespace(device_kind=device)]
+  monkeypatch.setattr(dispatch.jax, 'devices', lambda: devices)
+  for window in ((8, 7, 7), None):
+    found = projections.find_projections(
+      (8, 16, 14, 14, channels), window, Compute(dtype, kernels)
+    )
+    assert bool(found) == is_found
