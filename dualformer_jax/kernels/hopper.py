@@ -132,14 +132,17 @@ def normalized(x_tile, chunk, mean, inverse):
 def kernel(body, name, out_type, scratch, grid, flops, transcendentals):
   """Returns a kernel whose programs are in `grid`, {axis: size}."""
   body.__name__ = name
+  options = {}
+  if jax.__version_info__ >= (0, 12):
+    options['cost_estimate'] = pl.CostEstimate(
+      flops=flops, transcendentals=transcendentals, bytes_accessed=0
+    )
   return plgpu.kernel(
     body,
     out_type=out_type,
     scratch_types=scratch,
     grid=tuple(grid.values()),
     grid_names=tuple(grid),
-    cost_estimate=pl.CostEstimate(
-      flops=flops, transcendentals=transcendentals, bytes_accessed=0
-    ),
     compiler_params=plgpu.CompilerParams(approx_math=True),
+    **options,
   )
