@@ -51,8 +51,10 @@ def norm_project(
     biases: biases of the linear layers.
   """
   folded = _fold(norm_scale, kernels, x.dtype)
+  # Products of float32 matrices may be less accurate than sums.
   biases = tuple(
-    b + norm_bias @ k for k, b in zip(kernels, biases, strict=True)
+    b + jnp.sum(norm_bias[:, None] * k, axis=0)
+    for k, b in zip(kernels, biases, strict=True)
   )
   return x, _normed_products(window, x, norm_scale, norm_bias, folded, biases)
 
