@@ -29,7 +29,7 @@ def get_config() -> config_dict.ConfigDict:
         'remat': 'elementwise',  # or 'none', 'block'
         'dtype': 'bfloat16',  # or 'float32'
         # 'auto': the fastest implementations for the platform. 'experimental':
-        # docs/performance.md, "MLP branch and LayerNorm on Hopper".
+        # docs/performance.md, "Kernels on Hopper".
         # 'reference': plain JAX, for debugging.
         'kernels': 'auto',
       },

@@ -33,7 +33,12 @@ from dualformer_jax.training import augment, step
 from dualformer_jax.training import optimizer as optimizers
 from dualformer_jax.training.state import TrainState, init_state
 from tests.checkpoints import test_checkpoint
-from tests.kernels import interpreted_tpu, test_branches_tpu, test_mlp
+from tests.kernels import (
+  interpreted_tpu,
+  test_branches_tpu,
+  test_mlp,
+  test_projections,
+)
 from tests.training import test_augment
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -70,6 +75,29 @@ def sharded_mlp_branch() -> None:
     mock.patch.object(mlp, 'composed', fused),
   ):
     actual = test_mlp.run(test_mlp.branch(dispatch.Compute()), arguments, dout)
+  print(
+    json.dumps(
+      [
+        float(abs(a - e).max() / abs(e).max())
+        for a, e in zip(actual, expected, strict=True)
+      ]
+    )
+  )
+
+
+def sharded_projections() -> None:
+  """Prints errors of blocks with fused projections whose clips are sharded."""
+  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+  expected = test_projections.run_block((8, 2, 4))
+  with (
+    jax.set_mesh(sharding.make_mesh(axes, 8)),
+    mock.patch.object(
+      test_projections.attention,
+      'find_projections',
+      test_projections.find_plain,
+    ),
+  ):
+    actual = test_projections.run_block((8, 2, 4))
   print(
     json.dumps(
       [

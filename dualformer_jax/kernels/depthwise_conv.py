@@ -12,12 +12,50 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels.dispatch import Compute
+from dualformer_jax.kernels.dispatch import (
+  Compute,
+  clips_per_device,
+  is_hopper,
+  run_per_device,
+)
 
 _OFFSETS = list(itertools.product(range(3), repeat=3))
 
 # (x, kernel) -> y
 _Convolve = Callable[..., Float[Array, 'b d h w c']]
+
+
+def positional_conv(
+  x: Float[Array, 'b d h w c'],
+  kernel: Float[Array, '3 3 3 c'],
+  bias: Float[Array, 'c'],
+  compute: Compute,
+) -> Float[Array, 'b d h w c']:
+  """Returns x + conv(x) + bias in `compute.dtype`."""
+  run = compute.choose(_composed, gpu=_gpu)
+  return run(x.astype(compute.dtype), kernel, bias, compute)
+
+
+def _composed(x, kernel, bias, compute):
+  return x + (depthwise_conv(x, kernel, compute) + bias.astype(x.dtype))
+
+
+def _gpu(x, kernel, bias, compute):
+  """The kernels of depthwise_conv_gpu on Hopper, if experimental."""
+  if compute.kernels != 'experimental' or not (
+    compute.dtype == 'bfloat16' and is_hopper() and clips_per_device(len(x))
+  ):
+    return _composed(x, kernel, bias, compute)
+  # Pallas for GPUs is experimental: another version may have no such kernels.
+  try:
+    from dualformer_jax.kernels import depthwise_conv_gpu
+  except (ImportError, AttributeError):
+    return _composed(x, kernel, bias, compute)
+  if not depthwise_conv_gpu.fits(*x.shape[1:]):
+    return _composed(x, kernel, bias, compute)
+  return run_per_device(
+    depthwise_conv_gpu.positional_conv, (x,), (kernel, bias)
+  )
 
 
 def depthwise_conv(

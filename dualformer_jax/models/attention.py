@@ -18,6 +18,10 @@ from dualformer_jax.kernels.attention_branch import Branch, find_branch
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.mlp import Weights
 from dualformer_jax.kernels.norm_pool import NormPool, find_norm_pool
+from dualformer_jax.kernels.projections import (
+  FusedProjections,
+  find_projections,
+)
 from dualformer_jax.models.layers import (
   BatchNorm,
   DepthwisePooling,
@@ -65,6 +69,27 @@ class LocalWindowAttention(nn.Module):
     shape = (batch, *self.grid, self.channels)
     window: Any = tuple(self.sizes.values())
     return find_branch(shape, self.num_heads, self.compute, window)
+
+  def find_projections(self, batch: int) -> FusedProjections | None:
+    """Returns the projections as operations fused with norm and residual.
+
+    Returns None if there are none for the platform, the dtype or the sizes.
+    """
+    window: Any = tuple(self.sizes.values())
+    shape = (batch, *self.grid, self.channels)
+    return find_projections(shape, window, self.compute)
+
+  def project_fused(
+    self,
+    projections: FusedProjections,
+    x: Float[Array, 'b d h w c'],
+    norm: Weights,
+    train: bool = False,
+  ) -> tuple[Float[Array, '...'], ...]:
+    """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
+    layers, _ = self.weights(x.shape)
+    x, qkv = projections.norm_project(x, norm, layers)
+    return x, *qkv
 
   def weights(self, shape: Sequence[int]) -> tuple[list[Weights], Weights]:
     """Returns the weights of projections before and after attention."""
@@ -144,6 +169,26 @@ class GlobalPyramidAttention(nn.Module):
       num_keys += math.prod(size)
     shape = (batch, *self.grid, self.channels)
     return find_branch(shape, self.num_heads, self.compute, num_keys=num_keys)
+
+  def find_projections(self, batch: int) -> FusedProjections | None:
+    """Returns the projections as operations fused with norm and residual.
+
+    Returns None if there are none for the platform, the dtype or the sizes.
+    """
+    shape = (batch, *self.grid, self.channels)
+    return find_projections(shape, None, self.compute)
+
+  def project_fused(
+    self,
+    projections: FusedProjections,
+    x: Float[Array, 'b d h w c'],
+    norm: Weights,
+    train: bool = False,
+  ) -> tuple[Float[Array, '...'], ...]:
+    """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
+    layers, _ = self.weights(x.shape)
+    x, (y, q) = projections.norm_project(x, norm, layers)
+    return x, q, *self.project_keys(y.reshape(x.shape), train)
 
   def weights(self, shape: Sequence[int]) -> tuple[list[Weights], Weights]:
     """Returns the weights of projections of queries and of the output."""

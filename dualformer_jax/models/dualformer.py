@@ -9,6 +9,7 @@ import numpy as np
 
 from dualformer_jax.errors import UserError
 from dualformer_jax.kernels import recompute
+from dualformer_jax.kernels.attention import attention
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.layer_norm import layer_norm
 from dualformer_jax.kernels.mlp import add_branch, mlp_branch
@@ -82,6 +83,10 @@ class Block(nn.Module):
     def project(block, x):
       return block.attn.project(block.norm1(x), train)
 
+    def project_fused(block, x):
+      norm = block.norm1.weights(x.shape)
+      return block.attn.project_fused(projections, x, norm, train)
+
     def project_keys(block, x, norm):
       norm_scale, norm_bias = norm
       x = layer_norm(x, norm_scale, norm_bias, self.compute)
@@ -96,13 +101,20 @@ class Block(nn.Module):
       return mlp_branch(x, scale(1), norm, fc1, fc2, self.compute)
 
     if self.remat == 'elementwise':
-      project, project_keys, project_levels, feed_forward = (
+      project, project_fused, project_keys, project_levels, feed_forward = (
         recompute.recomputed(function, self.compute, saved=('hidden',))
-        for function in (project, project_keys, project_levels, feed_forward)
+        for function in (
+          project,
+          project_fused,
+          project_keys,
+          project_levels,
+          feed_forward,
+        )
       )
     # Outputs of layers can be captured only if they are called.
     captures = self.is_mutable_collection('intermediates')
     branch = None if captures else self.attn.find_branch(len(x))
+    projections = None if captures else self.attn.find_projections(len(x))
     if branch:
       norm = self.norm1.weights(x.shape)
       if self.window:
@@ -115,6 +127,12 @@ class Block(nn.Module):
         keys = project_keys(self, x, norm)
       weights = self.attn.weights(x.shape)
       x = branch(x, scale(0), norm, *weights, keys)
+    elif projections:
+      x, *qkv = project_fused(self, x)
+      q, k, v = (y[None] for y in qkv)
+      y = attention(q, k, v, self.num_heads, self.compute)[0]
+      _, layer = self.attn.weights(x.shape)
+      x = projections.project_add(x, y, scale(0), layer)
     else:
       x = add_branch(x, scale(0), self.attn.attend(project(self, x)))
     return feed_forward(self, x)

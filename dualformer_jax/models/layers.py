@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels.depthwise_conv import depthwise_conv
+from dualformer_jax.kernels.depthwise_conv import positional_conv
 from dualformer_jax.kernels.dispatch import Compute, Size
 from dualformer_jax.kernels.layer_norm import EPSILON, layer_norm
 from dualformer_jax.kernels.linear import linear
@@ -169,19 +169,17 @@ class PositionalConvolution(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
-    return x + DepthwiseConvolution(self.compute, name='proj_0')(x)
+    kernel, bias = DepthwiseConvolution(name='proj_0').weights(x.shape)
+    return positional_conv(x, kernel, bias, self.compute)
 
 
 class DepthwiseConvolution(nn.Module):
-  """Depthwise 3x3x3 convolution, stride 1, zero padding of 1, with bias."""
-
-  compute: Compute
+  """Weights of a depthwise 3x3x3 convolution."""
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'b d h w c']) -> Float[Array, 'b d h w c']:
-    kernel, bias = _conv_params(self, 3, 3, 3, x.shape[-1])
-    y = depthwise_conv(x, kernel, self.compute)
-    return y + bias.astype(y.dtype)
+  def weights(self, shape: Sequence[int]) -> Weights:
+    """Returns kernel [3, 3, 3, c] and bias [c], for an input of this shape."""
+    return _conv_params(self, 3, 3, 3, shape[-1])
 
 
 class BatchNorm(nn.Module):

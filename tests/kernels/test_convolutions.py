@@ -1,12 +1,19 @@
 """Depthwise convolution and pooling agree with XLA's general convolution."""
 
+import functools
+import importlib
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dualformer_jax.kernels import dispatch
-from dualformer_jax.kernels.depthwise_conv import depthwise_conv
+from dualformer_jax.kernels.depthwise_conv import (
+  depthwise_conv,
+  positional_conv,
+)
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.pooling import pool
 
@@ -68,3 +75,118 @@ def test_pooling_and_gradients(kernels):
     lambda x, kernel, bias: convolution(x, kernel, (2, 2, 3), 'VALID') + bias,
     *draw((2, 4, 5, 8, 3), (2, 2, 3, 3), (3,)),
   )
+
+
+def positional_formula(x, kernel, bias):
+  """Returns the output, and the function from its gradient to those of all."""
+  d, h, w = x.shape[1:4]
+
+  def shifted(x, i, j, k):
+    x = np.pad(x, [(0, 0), (1, 1), (1, 1), (1, 1), (0, 0)])
+    return x[:, i : i + d, j : j + h, k : k + w]
+
+  def convolve(x, kernel):
+    offsets = np.ndindex(3, 3, 3)
+    return x + sum(shifted(x, *offset) * kernel[offset] for offset in offsets)
+
+  def pullback(dy):
+    dkernel = np.zeros_like(kernel)
+    for offset in np.ndindex(3, 3, 3):
+      dkernel[offset] = (shifted(x, *offset) * dy).sum((0, 1, 2, 3))
+    dx = convolve(dy, kernel[::-1, ::-1, ::-1])
+    return dx, dkernel, dy.sum((0, 1, 2, 3))
+
+  return convolve(x, kernel) + bias, pullback
+
+
+def assert_equals_formula(function, shape, dtype):
+  rng = np.random.default_rng(0)
+  x, dy = (jnp.asarray(rng.standard_normal(shape), dtype) for _ in range(2))
+  kernel = jnp.asarray(0.3 * rng.standard_normal((3, 3, 3, shape[-1])), dtype)
+  kernel = kernel.astype('float32')
+  bias = jnp.asarray(rng.standard_normal(shape[-1]), 'float32')
+  y, vjp = jax.vjp(function, x, kernel, bias)
+  exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
+  expected, pullback = positional_formula(*exact)
+  expected = expected, *pullback(np.asarray(dy, np.float64))
+  digits = 2**-8 if dtype == 'bfloat16' else 1e-6
+  tolerances = digits, digits, 1e-6, 1e-6  # sums over tokens are float32
+  for a, e, tolerance in zip((y, *vjp(dy)), expected, tolerances, strict=True):
+    error = np.abs(np.asarray(a, np.float64) - e).max()
+    assert error <= tolerance * np.abs(e).max()
+
+
+@pytest.mark.parametrize('kernels', ['auto', 'reference'])
+def test_positional_conv_and_gradients(kernels):
+  compute = Compute('float32', kernels)
+  assert_equals_formula(
+    functools.partial(positional_conv, compute=compute),
+    (2, 3, 4, 5, 3),
+    'float32',
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ('shape', 'programs'),
+  [
+    ((1, 2, 15, 21, 64), 1),  # three tiles by three
+    ((2, 6, 5, 7, 64), 1),  # more frames than the ring has
+    ((1, 4, 4, 24, 96), 6),  # two programs for the frames of a tile
+  ],
+)
+def test_gpu_kernels_of_positional_conv(monkeypatch, shape, programs):
+  if jax.__version_info__ < (0, 11):
+    pytest.skip('this version of JAX has no interpreter of GPU kernels')
+  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
+  module = importlib.import_module('dualformer_jax.kernels.depthwise_conv_gpu')
+  monkeypatch.setattr(module, '_PROGRAMS', programs)
+  assert module.fits(*shape[1:])
+  with plgpu.force_gpu_interpret_mode():
+    assert_equals_formula(module.positional_conv, shape, 'bfloat16')
+
+
+def test_gpu_kernels_reject_unsupported_sizes():
+  module = importlib.import_module('dualformer_jax.kernels.depthwise_conv_gpu')
+  for channels in (64, 96, 128, 1024):
+    assert module.fits(16, 56, 56, channels)
+  assert module.fits(16, 7, 7, 512)
+  assert not module.fits(16, 7, 7, 96)
+  assert not module.fits(16, 11, 11, 64)
+  assert not module.fits(16, 56, 56, 80)
+
+
+class ChosenError(Exception):
+  """Raised by a stand-in for the kernels."""
+
+
+@pytest.mark.parametrize(
+  ('kernels', 'dtype', 'device', 'columns', 'is_chosen'),
+  [
+    ('experimental', 'bfloat16', 'NVIDIA H200', 8, True),
+    ('experimental', 'bfloat16', 'NVIDIA H200', 11, False),
+    ('experimental', 'bfloat16', 'NVIDIA A100-SXM4-80GB', 8, False),
+    ('experimental', 'float32', 'NVIDIA H200', 8, False),
+    ('auto', 'bfloat16', 'NVIDIA H200', 8, False),
+  ],
+)
+def test_gpu_kernels_are_chosen(
+  monkeypatch, kernels, dtype, device, columns, is_chosen
+):
+  module = importlib.import_module('dualformer_jax.kernels.depthwise_conv_gpu')
+
+  def chosen(*_):
+    raise ChosenError
+
+  monkeypatch.setattr(module, 'positional_conv', chosen)
+  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+  devices = [types.SimpleNamespace(device_kind=device)]
+  monkeypatch.setattr(dispatch.jax, 'devices', lambda: devices)
+  compute = Compute(dtype, kernels)
+  x, kernel, bias = draw((1, 2, 8, columns, 64), (3, 3, 3, 64), (64,))
+  x = x.astype(dtype)
+  if is_chosen:
+    with pytest.raises(ChosenError):
+      positional_conv(x, kernel, bias, compute)
+  else:
+    assert positional_conv(x, kernel, bias, compute).dtype == dtype

@@ -1,0 +1,423 @@
+"""The linear layers around attention as Pallas kernels for Hopper GPUs.
+
+`norm_project` is LayerNorm and linear layers of its output, `project_add` a
+linear layer of the output of attention, drop path and the residual. Tokens of
+windows are read from the grid and written window by window, so that nothing is
+transposed in memory. In a window, the 8 frames of a position are consecutive:
+that is one tile of the operands of tensor cores.
+
+The backward passes recompute the normalized tokens, add the gradient of the
+residual stream, and output the operands of the gradients of the weights, which
+XLA computes.
+"""
+
+import functools
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dualformer_jax.kernels import hopper, windows_gpu
+from dualformer_jax.kernels.layer_norm import EPSILON
+
+Vectors = tuple[Float[Array, 'o'], ...]
+Matrices = tuple[Float[Array, 'c o'], ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def norm_project(
+  window: windows_gpu.Window,
+  x: Float[Array, 'b d h w c'],
+  norm_scale: Float[Array, 'c'],
+  norm_bias: Float[Array, 'c'],
+  kernels: Matrices,
+  biases: Vectors,
+) -> tuple[Float[Array, 'b d h w c'], list[Float[Array, 'n c']]]:
+  """Returns x, and norm(x) @ kernel + bias for each layer.
+
+  The n tokens are ordered by clip, window, row, column and frame. Without
+  windows they are ordered as in x, and norm(x) is the first of the outputs.
+  Callers must continue with the returned x: its gradient is added in the
+  kernel.
+
+  Args:
+    window: rows and columns of a window of 8 frames, or None.
+    x: tokens, bfloat16.
+    norm_scale: scale of LayerNorm.
+    norm_bias: bias of LayerNorm.
+    kernels: weights of the linear layers.
+    biases: biases of the linear layers.
+  """
+  folded = _fold(norm_scale, kernels, x.dtype)
+  # Products of float32 matrices may be less accurate than sums.
+  biases = tuple(
+    b + jnp.sum(norm_bias[:, None] * k, axis=0)
+    for k, b in zip(kernels, biases, strict=True)
+  )
+  return x, _normed_products(window, x, norm_scale, norm_bias, folded, biases)
+
+
+def _norm_project_fwd(window, x, *weights):
+  return norm_project(window, x, *weights), (x, *weights)
+
+
+def _norm_project_bwd(window, residuals, gradients):
+  x, norm_scale, norm_bias, kernels, biases = residuals
+  dout, dys = gradients
+  folded = _fold(norm_scale, kernels, x.dtype)
+  dx, normalized, *sums = _norm_project_gradient(
+    window, x, dout, tuple(dys), norm_scale, folded
+  )
+  dys = dys[-len(kernels) :]
+  dnorm_scale, dnorm_bias = sums[1].sum(0) if len(sums) > 1 else (0, 0)
+  dkernels, dbiases = [], jnp.split(sums[0].sum(0), len(biases))
+  for kernel, dy, dbias in zip(kernels, dys, dbiases, strict=True):
+    product = _weight_gradient(normalized, dy)
+    dkernels.append(norm_scale[:, None] * product + norm_bias[:, None] * dbias)
+    dnorm_scale += jnp.sum(kernel * product, axis=1)
+    dnorm_bias += jnp.sum(kernel * dbias, axis=1)
+  return dx, dnorm_scale, dnorm_bias, tuple(dkernels), tuple(dbiases)
+
+
+norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_add(
+  window: windows_gpu.Window,
+  x: Float[Array, 'b d h w c'],
+  y: Float[Array, 'n c'],
+  branch_scale: Float[Array, 'b'],
+  kernel: Float[Array, 'c c'],
+  bias: Float[Array, 'c'],
+) -> Float[Array, 'b d h w c']:
+  """Returns x + branch_scale * (y @ kernel + bias).
+
+  `branch_scale` has no gradient.
+
+  Args:
+    window: as for `norm_project`.
+    x: tokens, bfloat16.
+    y: tokens in the order that `norm_project` outputs.
+    branch_scale: factor of each clip.
+    kernel: weights of the linear layer.
+    bias: bias of the linear layer.
+  """
+  scale = _scale_of_tokens(branch_scale, y)
+  return _projected_sum(window, x, y, scale, kernel.astype(x.dtype), bias)
+
+
+def _project_add_fwd(window, *operands):
+  return project_add(window, *operands), operands[1:]
+
+
+def _project_add_bwd(window, residuals, dout):
+  y, branch_scale, kernel, _ = residuals
+  scale = _scale_of_tokens(branch_scale, y)
+  dy, scaled, sums = _project_gradient(
+    window, dout, scale, kernel.astype(y.dtype)
+  )
+  return dout, dy, None, _weight_gradient(y, scaled), sums.sum(0)
+
+
+project_add.defvjp(_project_add_fwd, _project_add_bwd)
+
+
+def _fold(norm_scale, kernels, dtype):
+  return tuple((norm_scale[:, None] * k).astype(dtype) for k in kernels)
+
+
+def _scale_of_tokens(branch_scale, y):
+  return jnp.repeat(branch_scale, len(y) // len(branch_scale))
+
+
+def _weight_gradient(x, dy):
+  return jnp.einsum('nc,no->co', x, dy, preferred_element_type=jnp.float32)
+
+
+def _normalize(x_tile):
+  """Normalizes tokens in shared memory; returns 1 / deviation of each."""
+  mean, inverse = hopper.statistics(x_tile, EPSILON)
+  for chunk in hopper.chunks(x_tile.shape[1]):
+    y = hopper.normalized(x_tile, chunk, mean, inverse)
+    x_tile[:, chunk] = y.astype(x_tile.dtype)
+  plgpu.commit_smem()
+  return inverse
+
+
+# Compiled functions are traced and lowered once for all blocks of a stage.
+@functools.partial(jax.jit, static_argnums=0)
+def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
+  """Returns the outputs of `norm_project`, of folded weights."""
+  channels, count = x.shape[-1], len(kernels)
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
+  has_norm = window is None
+  x, copies = windows_gpu.copied_grid(x, window)
+
+  def body(x, norm_scale, norm_bias, *refs):
+    kernels, biases = refs[:count], refs[count : 2 * count]
+    *outs, x_tile, out_tile, arrived = refs[2 * count :]
+    mine = windows_gpu.tokens_of_program(rows)
+    for source, target in copies(x, x_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.barrier_wait(arrived)
+    _normalize(x_tile)
+    for start in range(0, channels, windows_gpu.WIDTH) if has_norm else ():
+      chunk = pl.ds(start, windows_gpu.WIDTH)
+      y = hopper.load(x_tile.at[:, chunk])
+      y *= hopper.load_by_column(norm_scale.at[chunk], y.shape)
+      y += hopper.load_by_column(norm_bias.at[chunk], y.shape)
+      windows_gpu.write(y, out_tile, outs[0].at[mine, chunk])
+
+    for kernel, bias, out in zip(kernels, biases, outs[has_norm:], strict=True):
+
+      def step(index, kernel, bias, out=out):
+        y = hopper.product(x_tile, kernel)
+        y += hopper.load_by_column(bias, y.shape)
+        columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+        windows_gpu.write(y, out_tile, out.at[mine, columns])
+
+      plgpu.emit_pipeline(
+        step,
+        grid=(channels // windows_gpu.WIDTH,),
+        in_specs=[
+          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
+          hopper.vector_spec(windows_gpu.WIDTH),
+        ],
+        max_concurrent_steps=2,
+      )(kernel, bias)
+    plgpu.wait_smem_to_gmem(0)
+
+  out = jax.ShapeDtypeStruct((tokens, channels), x.dtype)
+  return hopper.kernel(
+    body,
+    'norm_project',
+    out_type=[out] * (has_norm + count),
+    scratch=(
+      hopper.tile(rows, channels),
+      hopper.tile(rows, windows_gpu.WIDTH),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window)),
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2 * count,
+    transcendentals=tokens,
+  )(x, norm_scale, norm_bias, *kernels, *biases)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
+  """Returns the gradient of x, normalized tokens, and sums of each program.
+
+  The latter are float32: those of the gradients of the layers, [p, m], and
+  without windows those of the scale and the bias of the norm, [p, 2, c].
+  """
+  shape, channels, count = x.shape, x.shape[-1], len(kernels)
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
+  has_norm = window is None
+  x, copies = windows_gpu.copied_grid(x, window)
+
+  def body(x, dout, norm_scale, *refs):
+    dys, refs = refs[: has_norm + count], refs[has_norm + count :]
+    kernels, refs = refs[:count], refs[count:]
+    dx, out, sums, *norm_sums, x_tile, dout_tile, arrived, dout_arrived = refs
+    program, mine = (
+      jax.lax.axis_index('rows'),
+      windows_gpu.tokens_of_program(rows),
+    )
+    for source, target in copies(x, x_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.barrier_wait(arrived)
+    inverse = _normalize(x_tile)
+    plgpu.copy_smem_to_gmem(x_tile, out.at[mine])
+
+    total = hopper.zeros((rows, channels))
+    if has_norm:
+      plgpu.copy_gmem_to_smem(dys[0].at[mine], dout_tile, arrived)
+      plgpu.barrier_wait(arrived)
+      for chunk in hopper.chunks(channels):
+        y = hopper.load(dout_tile.at[:, chunk])
+        norm_sums[0][program, 1, chunk] = y.sum(0)
+        y *= hopper.load(x_tile.at[:, chunk])
+        norm_sums[0][program, 0, chunk] = y.sum(0)
+      total = hopper.load(dout_tile)
+      total *= hopper.load_by_column(norm_scale, total.shape)
+      plgpu.commit_smem()
+    for source, target in copies(dout, dout_tile):
+      plgpu.copy_gmem_to_smem(source, target, dout_arrived)
+
+    layers = zip(dys[has_norm:], kernels, strict=True)
+    for n, (dy, kernel) in enumerate(layers):
+
+      def step(index, dy, kernel, total, n=n):
+        columns = pl.ds(
+          n * channels + index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH
+        )
+        sums[program, columns] = hopper.load(dy).sum(0)
+        return hopper.add_product(total, dy, kernel.transpose((1, 0)))
+
+      total = plgpu.emit_pipeline(
+        step,
+        grid=(channels // windows_gpu.WIDTH,),
+        in_specs=[
+          hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
+          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
+        ],
+        max_concurrent_steps=2,
+        init_carry=total,
+      )(dy.at[mine], kernel)
+    plgpu.barrier_wait(dout_arrived)
+
+    # The gradient of the normalized tokens is now `total`.
+    mean = product = hopper.zeros((rows,), hopper.ROW)
+    for chunk in hopper.chunks(channels):
+      mean += total[:, chunk].sum(1)
+      product += (total[:, chunk] * hopper.load(x_tile.at[:, chunk])).sum(1)
+    mean *= 1 / channels
+    product *= 1 / channels
+    for chunk in hopper.chunks(channels):
+      y = total[:, chunk]
+      y -= hopper.by_row(mean, y.shape)
+      y -= hopper.load(x_tile.at[:, chunk]) * hopper.by_row(product, y.shape)
+      y *= hopper.by_row(inverse, y.shape)
+      y += hopper.load(dout_tile.at[:, chunk])
+      dout_tile[:, chunk] = y.astype(dout_tile.dtype)
+    plgpu.commit_smem()
+    for target, source in copies(dx, dout_tile):
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
+
+  def sums(*shape):
+    return jax.ShapeDtypeStruct((tokens // rows, *shape), jnp.float32)
+
+  num_copies = windows_gpu.num_copies(rows, window)
+  dx, *rest = hopper.kernel(
+    body,
+    'norm_project_gradient',
+    out_type=[
+      jax.ShapeDtypeStruct(x.shape, x.dtype),
+      jax.ShapeDtypeStruct((tokens, channels), x.dtype),
+      sums(count * channels),
+      *[sums(2, channels)] * has_norm,
+    ],
+    scratch=(
+      *[hopper.tile(rows, channels)] * 2,
+      *[plgpu.Barrier(num_arrivals=num_copies)] * 2,
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2 * count,
+    transcendentals=tokens,
+  )(x, dout.reshape(x.shape), norm_scale, *dys, *kernels)
+  return dx.reshape(shape), *rest
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _projected_sum(window, x, y, scale, kernel, bias):
+  """Returns x + scale * (y @ kernel + bias)."""
+  shape, channels = x.shape, x.shape[-1]
+  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
+  x, copies = windows_gpu.copied_grid(x, window)
+
+  def body(x, y, scale, kernel, bias, out, x_tile, scale_tile, arrived):
+    mine = windows_gpu.tokens_of_program(rows)
+    for source, target in copies(x, x_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
+
+    def step(_, y, kernel, total):
+      return hopper.add_product(total, y, kernel)
+
+    total = plgpu.emit_pipeline(
+      step,
+      grid=(channels // windows_gpu.WIDTH,),
+      in_specs=[
+        hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
+        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0)),
+      ],
+      max_concurrent_steps=2,
+      init_carry=hopper.zeros((rows, channels)),
+    )(y.at[mine], kernel)
+    plgpu.barrier_wait(arrived)
+    for chunk in hopper.chunks(channels):
+      part = total[:, chunk]
+      part += hopper.load_by_column(bias.at[chunk], part.shape)
+      part *= hopper.load_by_row(scale_tile, part.shape)
+      part += hopper.load(x_tile.at[:, chunk])
+      x_tile[:, chunk] = part.astype(x_tile.dtype)
+    plgpu.commit_smem()
+    for target, source in copies(out, x_tile):
+      plgpu.copy_smem_to_gmem(source, target)
+    plgpu.wait_smem_to_gmem(0)
+
+  return hopper.kernel(
+    body,
+    'project_add',
+    out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+    scratch=(
+      hopper.tile(rows, channels),
+      hopper.vector(rows),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2,
+    transcendentals=0,
+  )(x, y, scale, kernel, bias).reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _project_gradient(window, dout, scale, kernel):
+  """Returns the gradient of y, scale * dout, and its sums of each program."""
+  channels = dout.shape[-1]
+  tokens, rows = dout.size // channels, windows_gpu.ROWS[channels]
+  dout, copies = windows_gpu.copied_grid(dout, window)
+
+  def body(dout, scale, kernel, dy, scaled, sums, *scratch):
+    dout_tile, scale_tile, out_tile, arrived = scratch
+    program, mine = (
+      jax.lax.axis_index('rows'),
+      windows_gpu.tokens_of_program(rows),
+    )
+    for source, target in copies(dout, dout_tile):
+      plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
+    plgpu.barrier_wait(arrived)
+    for chunk in hopper.chunks(channels):
+      y = hopper.load(dout_tile.at[:, chunk])
+      y *= hopper.load_by_row(scale_tile, y.shape)
+      sums[program, chunk] = y.sum(0)
+      dout_tile[:, chunk] = y.astype(dout_tile.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(dout_tile, scaled.at[mine])
+
+    def step(index, kernel):
+      y = hopper.product(dout_tile, kernel.transpose((1, 0)))
+      columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+      windows_gpu.write(y, out_tile, dy.at[mine, columns])
+
+    plgpu.emit_pipeline(
+      step,
+      grid=(channels // windows_gpu.WIDTH,),
+      in_specs=[
+        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0))
+      ],
+      max_concurrent_steps=2,
+    )(kernel)
+    plgpu.wait_smem_to_gmem(0)
+
+  out = jax.ShapeDtypeStruct((tokens, channels), dout.dtype)
+  sums = jax.ShapeDtypeStruct((tokens // rows, channels), jnp.float32)
+  return hopper.kernel(
+    body,
+    'project_gradient',
+    out_type=(out, out, sums),
+    scratch=(
+      hopper.tile(rows, channels),
+      hopper.vector(rows),
+      hopper.tile(rows, windows_gpu.WIDTH),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
+    ),
+    grid={'rows': tokens // rows},
+    flops=2 * tokens * channels**2,
+    transcendentals=0,
+  )(dout, scale, kernel)

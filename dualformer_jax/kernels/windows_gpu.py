@@ -1,0 +1,87 @@
+"""Tiles of tokens of the grid or of windows, in kernels for Hopper GPUs."""
+
+import math
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dualformer_jax.kernels.dispatch import Size
+
+# Frames of a window.
+FRAMES = 8
+# Tokens of a program, by channels: what fits into registers, shared memory.
+ROWS = {64: 128, 128: 128, 192: 64, 256: 64}
+# Channels of a step of a program.
+WIDTH = 64
+
+Window = tuple[int, int] | None
+
+
+def fits(batch: int, grid: Size, channels: int, window: Size | None) -> bool:
+  """Returns whether the kernels support these sizes.
+
+  Args:
+    batch: clips of a device; 0 if devices share clips.
+    grid: frames, rows and columns of tokens.
+    channels: channels of the tokens and of each output.
+    window: frames, rows and columns of a window, or None.
+  """
+  if window and (
+    window[0] != FRAMES or any(g % w for g, w in zip(grid, window, strict=True))
+  ):
+    return False
+  tokens = batch * math.prod(grid)
+  return tokens > 0 and channels in ROWS and tokens % ROWS[channels] == 0
+
+
+def copied_grid(x, window):
+  """Returns x as it is copied, and a function that pairs blocks to copy.
+
+  The function pairs blocks of a reference to the former with those of a tile in
+  shared memory that has the tokens of a program.
+  """
+  batch, frames, height, width, channels = x.shape
+  rows = ROWS[channels]
+  if window is None:
+
+    def whole(ref, tile):
+      return [(ref.at[tokens_of_program(rows)], tile)]
+
+    return x.reshape(-1, channels), whole
+
+  def find(n):
+    """Returns the frames and the position of the nth 8 tokens of windows."""
+    sizes = width // window[1], window[0], window[1]
+    n, column = n // sizes[2], n % sizes[2]
+    n, row = n // sizes[1], n % sizes[1]
+    n, k = n // sizes[0], n % sizes[0]
+    n, j = n // (height // window[0]), n % (height // window[0])
+    return n, (j * window[0] + row) * width + k * window[1] + column
+
+  def by_position(ref, tile):
+    first = jax.lax.axis_index('rows') * (rows // FRAMES)
+    for i in range(rows // FRAMES):
+      group, position = find(first + i)
+      yield ref.at[group, :, position], tile.at[pl.ds(FRAMES * i, FRAMES)]
+
+  groups = batch * frames // FRAMES
+  return x.reshape(groups, FRAMES, height * width, channels), by_position
+
+
+def tokens_of_program(rows):
+  """Returns the tokens of a program."""
+  return pl.ds(jax.lax.axis_index('rows') * rows, rows)
+
+
+def num_copies(rows, window):
+  """Returns the number of blocks to copy for each program."""
+  return 1 if window is None else rows // FRAMES
+
+
+def write(y, tile, out):
+  """Writes registers to memory by a tile of shared memory."""
+  plgpu.wait_smem_to_gmem(0)
+  tile[...] = y.astype(tile.dtype)
+  plgpu.commit_smem()
+  plgpu.copy_smem_to_gmem(tile, out)
