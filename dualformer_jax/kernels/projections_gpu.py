@@ -8,7 +8,8 @@ that is one tile of the operands of tensor cores.
 
 The backward passes recompute the normalized tokens, add the gradient of the
 residual stream, and output the operands of the gradients of the weights, which
-XLA computes.
+XLA computes. With more than 256 channels, sums of the gradient of x do not fit
+into registers, so XLA also computes the products of that gradient.
 """
 
 import functools
@@ -19,11 +20,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import hopper, windows_gpu
+from dualformer_jax.kernels import hopper, layer_norm_gpu, windows_gpu
 from dualformer_jax.kernels.layer_norm import EPSILON
 
 Vectors = tuple[Float[Array, 'o'], ...]
 Matrices = tuple[Float[Array, 'c o'], ...]
+_MAX_CHANNELS = 256  # of a kernel for the gradient of x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -56,7 +58,10 @@ def norm_project(
     b + jnp.sum(norm_bias[:, None] * k, axis=0)
     for k, b in zip(kernels, biases, strict=True)
   )
-  return x, _normed_products(window, x, norm_scale, norm_bias, folded, biases)
+  outputs = _normed_products(
+    window, window is None, x, norm_scale, norm_bias, folded, biases
+  )
+  return x, outputs
 
 
 def _norm_project_fwd(window, x, *weights):
@@ -66,6 +71,10 @@ def _norm_project_fwd(window, x, *weights):
 def _norm_project_bwd(window, residuals, gradients):
   x, norm_scale, norm_bias, kernels, biases = residuals
   dout, dys = gradients
+  if x.shape[-1] > _MAX_CHANNELS:
+    return _separate_gradients(
+      window, x, dout, dys, norm_scale, norm_bias, kernels
+    )
   folded = _fold(norm_scale, kernels, x.dtype)
   dx, normalized, *sums = _norm_project_gradient(
     window, x, dout, tuple(dys), norm_scale, folded
@@ -82,6 +91,26 @@ def _norm_project_bwd(window, residuals, gradients):
 
 
 norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
+
+
+def _separate_gradients(window, x, dout, dys, norm_scale, norm_bias, kernels):
+  """The backward pass with kernels for the norm alone."""
+  dnorm = [] if window else [dys[0]]
+  dys = dys[-len(kernels) :]
+  [y] = _normed_products(window, True, x, norm_scale, norm_bias, (), ())
+  dkernels = tuple(_weight_gradient(y, dy) for dy in dys)
+  dbiases = tuple(jnp.sum(dy, axis=0, dtype=jnp.float32) for dy in dys)
+  dnorm += [
+    dy @ kernel.T.astype(dy.dtype)
+    for dy, kernel in zip(dys, kernels, strict=True)
+  ]
+  dnorm = windows_gpu.to_grid(sum(dnorm), window, x.shape)
+  flat = -1, x.shape[-1]
+  _, norm_vjp = jax.vjp(
+    layer_norm_gpu.layer_norm, x.reshape(flat), norm_scale, norm_bias
+  )
+  dx, *dnorm_weights = norm_vjp(dnorm.reshape(flat))
+  return dout + dx.reshape(x.shape), *dnorm_weights, dkernels, dbiases
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -148,12 +177,14 @@ def _normalize(x_tile):
 
 
 # Compiled functions are traced and lowered once for all blocks of a stage.
-@functools.partial(jax.jit, static_argnums=0)
-def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
-  """Returns the outputs of `norm_project`, of folded weights."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _normed_products(
+  window, has_norm, x, norm_scale, norm_bias, kernels, biases
+):
+  """Returns norm(x), if `has_norm`, and its products with folded weights."""
   channels, count = x.shape[-1], len(kernels)
   tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
-  has_norm = window is None
+  width = windows_gpu.step_width(channels)
   x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, norm_scale, norm_bias, *refs):
@@ -164,8 +195,8 @@ def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
     _normalize(x_tile)
-    for start in range(0, channels, windows_gpu.WIDTH) if has_norm else ():
-      chunk = pl.ds(start, windows_gpu.WIDTH)
+    for start in range(0, channels, width) if has_norm else ():
+      chunk = pl.ds(start, width)
       y = hopper.load(x_tile.at[:, chunk])
       y *= hopper.load_by_column(norm_scale.at[chunk], y.shape)
       y += hopper.load_by_column(norm_bias.at[chunk], y.shape)
@@ -176,15 +207,15 @@ def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
       def step(index, kernel, bias, out=out):
         y = hopper.product(x_tile, kernel)
         y += hopper.load_by_column(bias, y.shape)
-        columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+        columns = pl.ds(index[0] * width, width)
         windows_gpu.write(y, out_tile, out.at[mine, columns])
 
       plgpu.emit_pipeline(
         step,
-        grid=(channels // windows_gpu.WIDTH,),
+        grid=(channels // width,),
         in_specs=[
-          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
-          hopper.vector_spec(windows_gpu.WIDTH),
+          hopper.tile_spec((channels, width), lambda i: (0, i)),
+          hopper.vector_spec(width),
         ],
         max_concurrent_steps=2,
       )(kernel, bias)
@@ -197,7 +228,7 @@ def _normed_products(window, x, norm_scale, norm_bias, kernels, biases):
     out_type=[out] * (has_norm + count),
     scratch=(
       hopper.tile(rows, channels),
-      hopper.tile(rows, windows_gpu.WIDTH),
+      hopper.tile(rows, width),
       plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window)),
     ),
     grid={'rows': tokens // rows},
@@ -215,17 +246,15 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
   """
   shape, channels, count = x.shape, x.shape[-1], len(kernels)
   tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
-  has_norm = window is None
+  has_norm, width = window is None, windows_gpu.step_width(channels)
   x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, dout, norm_scale, *refs):
     dys, refs = refs[: has_norm + count], refs[has_norm + count :]
     kernels, refs = refs[:count], refs[count:]
     dx, out, sums, *norm_sums, x_tile, dout_tile, arrived, dout_arrived = refs
-    program, mine = (
-      jax.lax.axis_index('rows'),
-      windows_gpu.tokens_of_program(rows),
-    )
+    program = jax.lax.axis_index('rows')
+    mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
@@ -251,18 +280,16 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
     for n, (dy, kernel) in enumerate(layers):
 
       def step(index, dy, kernel, total, n=n):
-        columns = pl.ds(
-          n * channels + index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH
-        )
+        columns = pl.ds(n * channels + index[0] * width, width)
         sums[program, columns] = hopper.load(dy).sum(0)
         return hopper.add_product(total, dy, kernel.transpose((1, 0)))
 
       total = plgpu.emit_pipeline(
         step,
-        grid=(channels // windows_gpu.WIDTH,),
+        grid=(channels // width,),
         in_specs=[
-          hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
-          hopper.tile_spec((channels, windows_gpu.WIDTH), lambda i: (0, i)),
+          hopper.tile_spec((rows, width), lambda i: (0, i)),
+          hopper.tile_spec((channels, width), lambda i: (0, i)),
         ],
         max_concurrent_steps=2,
         init_carry=total,
@@ -317,34 +344,35 @@ def _projected_sum(window, x, y, scale, kernel, bias):
   """Returns x + scale * (y @ kernel + bias)."""
   shape, channels = x.shape, x.shape[-1]
   tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
+  width = windows_gpu.step_width(channels)
   x, copies = windows_gpu.copied_grid(x, window)
 
-  def body(x, y, scale, kernel, bias, out, x_tile, scale_tile, arrived):
+  def body(x, y, scale, kernel, bias, out, tiles, arrived):
+    x_tile, y_tile, scale_tile = tiles
     mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
+    plgpu.copy_gmem_to_smem(y.at[mine], y_tile, arrived)
     plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
-
-    def step(_, y, kernel, total):
-      return hopper.add_product(total, y, kernel)
-
-    total = plgpu.emit_pipeline(
-      step,
-      grid=(channels // windows_gpu.WIDTH,),
-      in_specs=[
-        hopper.tile_spec((rows, windows_gpu.WIDTH), lambda i: (0, i)),
-        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0)),
-      ],
-      max_concurrent_steps=2,
-      init_carry=hopper.zeros((rows, channels)),
-    )(y.at[mine], kernel)
     plgpu.barrier_wait(arrived)
-    for chunk in hopper.chunks(channels):
-      part = total[:, chunk]
-      part += hopper.load_by_column(bias.at[chunk], part.shape)
+
+    def step(index, kernel, bias):
+      columns = pl.ds(index[0] * width, width)
+      part = hopper.product(y_tile, kernel)
+      part += hopper.load_by_column(bias, part.shape)
       part *= hopper.load_by_row(scale_tile, part.shape)
-      part += hopper.load(x_tile.at[:, chunk])
-      x_tile[:, chunk] = part.astype(x_tile.dtype)
+      part += hopper.load(x_tile.at[:, columns])
+      x_tile[:, columns] = part.astype(x_tile.dtype)
+
+    plgpu.emit_pipeline(
+      step,
+      grid=(channels // width,),
+      in_specs=[
+        hopper.tile_spec((channels, width), lambda i: (0, i)),
+        hopper.vector_spec(width),
+      ],
+      max_concurrent_steps=2 if channels < 512 else 1,
+    )(kernel, bias)
     plgpu.commit_smem()
     for target, source in copies(out, x_tile):
       plgpu.copy_smem_to_gmem(source, target)
@@ -355,9 +383,8 @@ def _projected_sum(window, x, y, scale, kernel, bias):
     'project_add',
     out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
     scratch=(
-      hopper.tile(rows, channels),
-      hopper.vector(rows),
-      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
+      (*[hopper.tile(rows, channels)] * 2, hopper.vector(rows)),
+      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 2),
     ),
     grid={'rows': tokens // rows},
     flops=2 * tokens * channels**2,
@@ -370,14 +397,13 @@ def _project_gradient(window, dout, scale, kernel):
   """Returns the gradient of y, scale * dout, and its sums of each program."""
   channels = dout.shape[-1]
   tokens, rows = dout.size // channels, windows_gpu.ROWS[channels]
+  width = windows_gpu.step_width(channels)
   dout, copies = windows_gpu.copied_grid(dout, window)
 
   def body(dout, scale, kernel, dy, scaled, sums, *scratch):
     dout_tile, scale_tile, out_tile, arrived = scratch
-    program, mine = (
-      jax.lax.axis_index('rows'),
-      windows_gpu.tokens_of_program(rows),
-    )
+    program = jax.lax.axis_index('rows')
+    mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(dout, dout_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
@@ -392,15 +418,13 @@ def _project_gradient(window, dout, scale, kernel):
 
     def step(index, kernel):
       y = hopper.product(dout_tile, kernel.transpose((1, 0)))
-      columns = pl.ds(index[0] * windows_gpu.WIDTH, windows_gpu.WIDTH)
+      columns = pl.ds(index[0] * width, width)
       windows_gpu.write(y, out_tile, dy.at[mine, columns])
 
     plgpu.emit_pipeline(
       step,
-      grid=(channels // windows_gpu.WIDTH,),
-      in_specs=[
-        hopper.tile_spec((windows_gpu.WIDTH, channels), lambda i: (i, 0))
-      ],
+      grid=(channels // width,),
+      in_specs=[hopper.tile_spec((width, channels), lambda i: (i, 0))],
       max_concurrent_steps=2,
     )(kernel)
     plgpu.wait_smem_to_gmem(0)
@@ -414,7 +438,7 @@ def _project_gradient(window, dout, scale, kernel):
     scratch=(
       hopper.tile(rows, channels),
       hopper.vector(rows),
-      hopper.tile(rows, windows_gpu.WIDTH),
+      hopper.tile(rows, width),
       plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
     ),
     grid={'rows': tokens // rows},

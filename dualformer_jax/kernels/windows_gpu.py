@@ -2,6 +2,7 @@
 
 import math
 
+import einops
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -11,9 +12,7 @@ from dualformer_jax.kernels.dispatch import Size
 # Frames of a window.
 FRAMES = 8
 # Tokens of a program, by channels: what fits into registers, shared memory.
-ROWS = {64: 128, 128: 128, 192: 64, 256: 64}
-# Channels of a step of a program.
-WIDTH = 64
+ROWS = {64: 128, 96: 128, 128: 128, 192: 64, 256: 64, 384: 64, 512: 64}
 
 Window = tuple[int, int] | None
 
@@ -67,6 +66,28 @@ def copied_grid(x, window):
 
   groups = batch * frames // FRAMES
   return x.reshape(groups, FRAMES, height * width, channels), by_position
+
+
+def to_grid(y, window, shape):
+  """Returns tokens [n, c] of windows in the order of a grid of some shape."""
+  if window is None:
+    return y.reshape(shape)
+  _, frames, height, width, _ = shape
+  return einops.rearrange(
+    y,
+    '(b i j k wh ww wd) c -> b (i wd) (j wh) (k ww) c',
+    wd=FRAMES,
+    wh=window[0],
+    ww=window[1],
+    i=frames // FRAMES,
+    j=height // window[0],
+    k=width // window[1],
+  )
+
+
+def step_width(channels):
+  """Returns the channels of a step of a program."""
+  return math.gcd(channels, 64)
 
 
 def tokens_of_program(rows):

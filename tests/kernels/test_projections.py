@@ -105,7 +105,8 @@ def _module(monkeypatch):
 
 
 CASES = pytest.mark.parametrize(
-  ('window', 'channels'), [((2, 4), 64), ((4, 2), 256), (None, 128)]
+  ('window', 'channels'),
+  [((2, 4), 64), ((4, 2), 96), (None, 128), ((4, 2), 384), (None, 384)],
 )
 
 
@@ -146,8 +147,8 @@ def test_gpu_kernels_reject_unsupported_sizes():
   window = 8, 7, 7
   assert module.fits(8, (16, 56, 56), 64, window)
   assert module.fits(1, (16, 14, 14), 256, window)
-  assert not module.fits(8, (16, 7, 7), 512, window)
-  assert not module.fits(8, (16, 56, 56), 96, window)
+  assert module.fits(8, (16, 14, 14), 512, window)
+  assert not module.fits(8, (16, 7, 7), 768, window)
   assert not module.fits(8, (16, 32, 32), 64, window)
   assert not module.fits(8, (4, 56, 56), 64, (4, 7, 7))
   assert not module.fits(1, (8, 7, 7), 64, window)
@@ -228,7 +229,7 @@ def test_sharded_projections_equal_one_device():
   ('kernels', 'dtype', 'device', 'channels', 'is_found'),
   [
     ('experimental', 'bfloat16', 'NVIDIA H200', 64, True),
-    ('experimental', 'bfloat16', 'NVIDIA H200', 96, False),
+    ('experimental', 'bfloat16', 'NVIDIA H200', 48, False),
     ('experimental', 'bfloat16', 'NVIDIA A100-SXM4-80GB', 64, False),
     ('experimental', 'float32', 'NVIDIA H200', 64, False),
     ('auto', 'bfloat16', 'NVIDIA H200', 64, False),
