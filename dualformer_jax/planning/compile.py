@@ -166,6 +166,11 @@ def find_purpose(
     return GRADIENTS if is_sum else PARAMETERS
   if collective.kind == 'all-reduce' and collective.axes == ('tensor',):
     return PARTIAL_SUMS
+  # XLA for GPUs may sum several arrays as one, and then joins their names by
+  # colons. Of a backward pass, those are gradients of parameters.
+  is_joined = 'transpose(jvp' in collective.name and ':' in collective.name
+  if collective.kind == 'all-reduce' and is_joined:
+    return GRADIENTS
   if collective.count * collective.bytes <= _MAX_STATISTICS_BYTES:
     return STATISTICS
   return UNEXPECTED

@@ -154,6 +154,16 @@ def test_gathered_activations_are_unexpected(
   assert compile.find_purpose(collective, {64, 128}) == expected
 
 
+def test_gradients_that_are_summed_as_one_array_are_gradients():
+  name = 'train_step/transpose(jvp(Model))/(blocks_0/psum:blocks_1/psum)'
+  for kind, expected in (
+    ('all-reduce', compile.GRADIENTS),
+    ('all-gather', compile.UNEXPECTED),
+  ):
+    collective = program.Collective(kind, ('data',), 8, 1, 10**7, 10**7, name)
+    assert compile.find_purpose(collective, {64}) == expected
+
+
 def test_settings_do_not_change_the_config(one_device):
   config: Any = motion.get_config()
   settings = compile.Settings(1, 1, 1, 2, 'block')
