@@ -76,7 +76,6 @@ def write_mp4(
       rate=_rate(fps),
       options={
         'crf': str(crf),
-        # A third of the default preset's time for 13% more bytes at equal PSNR.
         'preset': 'veryfast',
         'tune': 'fastdecode',
         'x264-params': (
@@ -85,8 +84,11 @@ def write_mp4(
           # see video_container.
           ':bframes=1:b-adapt=0:b-pyramid=none:open-gop=0'
           # Quantization that adapts to the eye takes a fifth more bytes at
-          # equal PSNR, and decoding time follows the number of bytes.
+          # equal PSNR.
           ':aq-mode=0'
+          # Decoding time follows the number of bytes: a sixth less at equal PSNR
+          # for twice the encoding time.
+          ':subme=8:no-psy=1:chroma-qp-offset=-3'
           # Fewer motion vectors: 6% less decoding time for 4% more bytes.
           ':partitions=i8x8'
           # x264's macroblock tree reads uninitialized memory, so that the same

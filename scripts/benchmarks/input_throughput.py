@@ -59,7 +59,7 @@ def define_flags() -> None:
   flags.DEFINE_string(
     'videos', None, 'Folder of CLASS/video.mp4.', required=True
   )
-  flags.DEFINE_list('crf', ['22', '20', '25'], 'CRF of re-encoded datasets.')
+  flags.DEFINE_list('crf', ['23', '21', '26'], 'CRF of re-encoded datasets.')
   flags.DEFINE_integer('clips', 40, 'Clips per row and round.')
   flags.DEFINE_integer('rounds', 5, 'Rounds.')
   flags.DEFINE_string('json', None, 'File to write the results to.')

@@ -44,7 +44,7 @@ class StorageConfig(tfds.core.BuilderConfig):
 
   variant: str = ''
   form: str = 'reencoded'
-  crf: int = 22
+  crf: int = 23
   jpeg_quality: int = 90
   short_side: int = 256
 

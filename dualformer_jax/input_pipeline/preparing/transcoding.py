@@ -34,7 +34,7 @@ class Storage:
   """
 
   form: str = 'reencoded'
-  crf: int = 22
+  crf: int = 23
   jpeg_quality: int = 90
   short_side: int = 256
 

@@ -15,7 +15,7 @@ from dualformer_jax.input_pipeline import video_reader
 from dualformer_jax.input_pipeline.preparing import process_map, transcoding
 
 # Part of every key. To be increased when the same video is stored differently.
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)

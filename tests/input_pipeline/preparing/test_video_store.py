@@ -55,7 +55,7 @@ def test_key_of_a_result_is_stable(store, tmp_path):
   os.utime(path, ns=(10**9, 10**9))
   key = store._base_path(transcoding.Video('a', path, ('x',)))
   text = (
-    f'[4, "a", "{path}", 0, 1000000000, null, 25.0, ["reencoded", 22, 90, 256]]'
+    f'[5, "a", "{path}", 0, 1000000000, null, 25.0, ["reencoded", 23, 90, 256]]'
   )
   digest = hashlib.sha256(text.encode()).hexdigest()
   assert key == store.folder / digest[:2] / digest[2:34]
