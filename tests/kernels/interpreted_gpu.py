@@ -40,6 +40,20 @@ def mlp_gpu() -> Iterator[ModuleType]:
     yield importlib.import_module('dualformer_jax.kernels.mlp_gpu')
 
 
+@contextlib.contextmanager
+def names_of_kernels() -> Iterator[set[str]]:
+  """Yields a set that gets the names of the kernels that are traced."""
+  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
+  kernel, names = hopper.kernel, set()
+
+  def traced(body, name, *arguments, **options):
+    names.add(name)
+    return kernel(body, name, *arguments, **options)
+
+  with mock.patch.object(hopper, 'kernel', traced):
+    yield names
+
+
 def run(*channels: int) -> None:
   """Checks the MLP branch in another process."""
   done = subprocess.run(

@@ -1,0 +1,82 @@
+"""A whole model with all kernels for Hopper GPUs, interpreted."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dualformer_jax.kernels import dispatch
+from dualformer_jax.models.dualformer import DualFormer
+from tests.kernels import interpreted_gpu
+
+FIELDS: dict[str, Any] = dict(
+  depths=(2,),
+  embed_dims=(64,),
+  num_heads=(2,),
+  num_classes=5,
+  num_frames=16,
+  image_size=16,
+  window=(8, 2, 2),
+  fine_sizes=((4, 2, 2),),
+  coarse_sizes=((2, 1, 1),),
+  drop_path_rate=0.2,
+  # Recomputation does not support what the interpreter calls.
+  remat='none',
+)
+KERNELS = {
+  'layer_norm',
+  'layer_norm_gradient',
+  'mlp_forward',
+  'mlp_input_gradient',
+  'mlp_weight_gradients',
+  'norm_project',
+  'norm_project_gradient',
+  'positional_conv',
+  'positional_conv_gradient',
+  'project_add',
+  'project_gradient',
+}
+
+
+@pytest.mark.slow
+def test_model_agrees_with_reference(monkeypatch):
+  if jax.__version_info__ < (0, 11):
+    pytest.skip('this version of JAX has no interpreter of GPU kernels')
+  rng = np.random.default_rng(0)
+  clips = rng.standard_normal((2, 16, 16, 16, 3)).astype(np.float32)
+  weights = rng.standard_normal((2, 5)).astype(np.float32)
+  model: Any = DualFormer(**FIELDS)
+  variables = jax.jit(model.init)(jax.random.key(0), clips)
+
+  def run(dtype, kernels):
+    model: Any = DualFormer(**FIELDS, dtype=dtype, kernels=kernels)
+
+    def loss(params):
+      output, _ = model.apply(
+        {**variables, 'params': params},
+        clips,
+        train=True,
+        rngs={'dropout': jax.random.key(1)},
+        mutable=['batch_stats'],
+      )
+      return jnp.sum(output.logits * weights)
+
+    return jax.jit(jax.value_and_grad(loss))(variables['params'])
+
+  expected = run('float32', 'reference')
+
+  def error(kernels):
+    actual = run('bfloat16', kernels)
+    difference = jax.tree.map(jnp.subtract, actual, expected)
+    return math.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(difference)))
+
+  # Both round to bfloat16, but not the same arrays.
+  largest = 2 * error('reference')
+  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(dispatch, 'device_kind', lambda: 'NVIDIA H200')
+  with interpreted_gpu.mlp_gpu(), interpreted_gpu.names_of_kernels() as names:
+    assert error('experimental') < largest
+  assert names == KERNELS
