@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import fcntl
 import gc
 import os
@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 
-import jax
 import jaxtyping
 import pytest
 
@@ -21,7 +20,6 @@ from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from tests import tfds_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
-_NO_MESH = jax.sharding.get_mesh()
 
 # JAX's tracing makes many objects that live: searching them for cycles as often
 # as Python does by default is a tenth of the tests' time.
@@ -54,13 +52,6 @@ def _check_shapes_in_fast_tests(
 def _keep_signal_handlers(monkeypatch: pytest.MonkeyPatch) -> None:
   """Leaves SIGINT to pytest where a test runs a command in its process."""
   monkeypatch.setattr(command_line.stop_signals, 'install', lambda: None)
-
-
-@pytest.fixture(autouse=True)
-def _no_mesh() -> Iterator[None]:
-  """Undoes `jax.set_mesh` of what trained or scored in this process before."""
-  with jax.set_mesh(_NO_MESH):
-    yield
 
 
 @pytest.fixture(scope='session')

@@ -40,7 +40,7 @@ def run(
     stack.enter_context(contextlib.redirect_stdout(out))
     stack.enter_context(contextlib.redirect_stderr(err))
     stack.callback(_forget_flags, module)
-    # Commands set a mesh for the rest of the process; a fixture may run one.
+    # Commands set a mesh for the rest of the process.
     stack.enter_context(jax.set_mesh(jax.sharding.get_mesh()))
     if with_log:
       stack.enter_context(_logging_to(err))

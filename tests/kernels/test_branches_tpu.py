@@ -3,6 +3,7 @@
 import functools
 import math
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from dualformer_jax.inference import explain
 from dualformer_jax.kernels import (
   attention_branch,
   attention_branch_tpu,
+  dispatch,
   mlp,
   mlp_tpu,
   norm_pool_tpu,
@@ -207,7 +209,7 @@ def test_norm_pool_and_gradients(dtype):
   assert_agrees(jax.tree.leaves(actual), expected, TOLERANCE[dtype])
 
 
-def test_unsupported_sizes_and_devices_are_rejected(monkeypatch):
+def test_unsupported_sizes_and_devices_are_rejected():
   blocks = attention_branch_tpu.blocks
   grid, window = (16, 14, 14), (8, 7, 7)
   assert blocks(8, grid, 256, 32, window) is not None
@@ -221,12 +223,11 @@ def test_unsupported_sizes_and_devices_are_rejected(monkeypatch):
   assert mlp_tpu.fits(2, 784, 512, 2048)
   assert not mlp_tpu.fits(2, 27, 512, 2048)
   assert not mlp_tpu.fits(8, 784, 2048, 8192)  # too large
-  monkeypatch.setattr(
-    'dualformer_jax.kernels.dispatch.device_kind', lambda: 'TPU v4'
-  )
-  assert not tiles_tpu.is_supported()
-  assert blocks(8, grid, 256, 32, window) is None
-  assert not mlp_tpu.fits(8, 784, 512, 2048)
+  # Undone before the fixture `tpu`, which monkeypatch would not be.
+  with mock.patch.object(dispatch, 'device_kind', lambda: 'TPU v4'):
+    assert not tiles_tpu.is_supported()
+    assert blocks(8, grid, 256, 32, window) is None
+    assert not mlp_tpu.fits(8, 784, 512, 2048)
 
 
 FIELDS: dict[str, Any] = dict(
