@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from dualformer_jax.kernels.dispatch import (
   Compute,
   clips_per_device,
-  is_hopper,
+  hopper_kernels,
   run_per_device,
 )
 
@@ -41,21 +41,11 @@ def _composed(x, kernel, bias, compute):
 
 
 def _gpu(x, kernel, bias, compute):
-  """The kernels of depthwise_conv_gpu on Hopper, if experimental."""
-  if compute.kernels != 'experimental' or not (
-    compute.dtype == 'bfloat16' and is_hopper() and clips_per_device(len(x))
-  ):
+  """The kernels of depthwise_conv_gpu, if they are used and fit."""
+  module = hopper_kernels('depthwise_conv_gpu', compute)
+  if not (module and clips_per_device(len(x)) and module.fits(*x.shape[1:])):
     return _composed(x, kernel, bias, compute)
-  # Pallas for GPUs is experimental: another version may have no such kernels.
-  try:
-    from dualformer_jax.kernels import depthwise_conv_gpu
-  except (ImportError, AttributeError):
-    return _composed(x, kernel, bias, compute)
-  if not depthwise_conv_gpu.fits(*x.shape[1:]):
-    return _composed(x, kernel, bias, compute)
-  return run_per_device(
-    depthwise_conv_gpu.positional_conv, (x,), (kernel, bias)
-  )
+  return run_per_device(module.positional_conv, (x,), (kernel, bias))
 
 
 def depthwise_conv(

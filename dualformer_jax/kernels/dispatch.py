@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import importlib
 import re
 from typing import Any, TypeVar
 
@@ -105,9 +106,21 @@ def run_per_device(
   return function(*by_clip, *shared)
 
 
-def is_hopper() -> bool:
-  """Returns whether the target is an NVIDIA H100, H200 or a relative."""
-  return bool(re.search(r'\bG?H[128]00\b|\bH20\b', device_kind()))
+def hopper_kernels(name: str, compute: Compute) -> Any:
+  """Returns a module of this package with kernels for Hopper GPUs, or None.
+
+  It is used on an NVIDIA H100, H200 or a relative, in bfloat16, if
+  `compute.kernels` is 'experimental'.
+  """
+  is_hopper = re.search(r'\bG?H[128]00\b|\bH20\b', device_kind())
+  is_used = compute.kernels == 'experimental' and compute.dtype == 'bfloat16'
+  if not (is_used and is_hopper):
+    return None
+  # Pallas for GPUs is experimental: another version may have no such kernels.
+  try:
+    return importlib.import_module(f'dualformer_jax.kernels.{name}')
+  except (ImportError, AttributeError):
+    return None
 
 
 def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 from dualformer_jax.kernels.dispatch import (
   Compute,
   batch_shards,
-  is_hopper,
+  hopper_kernels,
   run_per_device,
 )
 
@@ -33,28 +33,22 @@ def _in_float32(normalize):
 
 
 def _gpu(x, scale, bias, compute):
-  """The kernels of layer_norm_gpu on Hopper, for bfloat16, if experimental.
+  """The kernels of layer_norm_gpu, if they are used and fit.
 
   The first axis of `x` is the batch: each device normalizes its clips.
   """
-  plain = _in_float32(reference)
-  if compute.kernels != 'experimental' or not (
-    x.dtype == compute.dtype == 'bfloat16' and is_hopper()
-  ):
-    return plain(x, scale, bias, compute)
-  # Pallas for GPUs is experimental: another version may have no such kernels.
-  try:
-    from dualformer_jax.kernels import layer_norm_gpu
-  except (ImportError, AttributeError):
-    return plain(x, scale, bias, compute)
+  module = hopper_kernels('layer_norm_gpu', compute)
   channels, shards = x.shape[-1], batch_shards()
-  if len(x) % shards or not layer_norm_gpu.fits(
-    x.size // channels // shards, channels
+  if not (
+    module
+    and x.dtype == compute.dtype
+    and len(x) % shards == 0
+    and module.fits(x.size // channels // shards, channels)
   ):
-    return plain(x, scale, bias, compute)
+    return _in_float32(reference)(x, scale, bias, compute)
 
   def run(x, scale, bias):
-    y = layer_norm_gpu.layer_norm(x.reshape(-1, channels), scale, bias)
+    y = module.layer_norm(x.reshape(-1, channels), scale, bias)
     return y.reshape(x.shape)
 
   return run_per_device(run, (x,), (scale, bias))

@@ -11,7 +11,7 @@ from dualformer_jax.kernels import mlp_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
   clips_per_device,
-  is_hopper,
+  hopper_kernels,
   run_per_device,
 )
 from dualformer_jax.kernels.layer_norm import layer_norm
@@ -74,17 +74,11 @@ def composed(
 
 
 def _gpu(x, branch_scale, norm, fc1, fc2, compute):
-  """The kernels of mlp_gpu on Hopper, for bfloat16, if experimental."""
-  if compute.kernels != 'experimental' or not (
-    compute.dtype == 'bfloat16' and is_hopper()
-  ):
+  """The kernels of mlp_gpu, if they are used."""
+  module = hopper_kernels('mlp_gpu', compute)
+  if module is None:
     return composed(x, branch_scale, norm, fc1, fc2, compute)
-  # Pallas for GPUs is experimental: another version may have no such kernels.
-  try:
-    from dualformer_jax.kernels import mlp_gpu
-  except (ImportError, AttributeError):
-    return composed(x, branch_scale, norm, fc1, fc2, compute)
-  return _fused(mlp_gpu, x, branch_scale, norm, fc1, fc2, compute)
+  return _fused(module, x, branch_scale, norm, fc1, fc2, compute)
 
 
 def _fused(module, x, branch_scale, norm, fc1, fc2, compute):

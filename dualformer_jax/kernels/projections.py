@@ -12,7 +12,7 @@ from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
   clips_per_device,
-  is_hopper,
+  hopper_kernels,
   no_kernel,
   run_per_device,
 )
@@ -104,18 +104,11 @@ def find_projections(
 def _find_pallas(
   shape: Sequence[int], window: Size | None, compute: Compute
 ) -> FusedProjections | None:
-  """The kernels of projections_gpu on Hopper, for bfloat16, if experimental."""
-  if compute.kernels != 'experimental' or not (
-    compute.dtype == 'bfloat16' and is_hopper()
+  """The kernels of projections_gpu, if they are used and fit."""
+  module = hopper_kernels('projections_gpu', compute)
+  batch, *grid, channels = shape
+  if module is None or not module.windows_gpu.fits(
+    clips_per_device(batch), tuple(grid), channels, window
   ):
     return None
-  # Pallas for GPUs is experimental: another version may have no such kernels.
-  try:
-    from dualformer_jax.kernels import projections_gpu, windows_gpu
-  except (ImportError, AttributeError):
-    return None
-  batch, d, h, w, channels = shape
-  clips = clips_per_device(batch)
-  if not windows_gpu.fits(clips, (d, h, w), channels, window):
-    return None
-  return FusedProjections(projections_gpu, compute, window)
+  return FusedProjections(module, compute, window)

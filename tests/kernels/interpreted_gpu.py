@@ -12,32 +12,44 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 from types import ModuleType
 from unittest import mock
 
 if __name__ == '__main__':
   os.environ.update(JAX_PLATFORMS='cpu', NPROC='8')
 
+import jax
 import jax.numpy as jnp
+import pytest
+
+from dualformer_jax.kernels import dispatch
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @contextlib.contextmanager
-def mlp_gpu() -> Iterator[ModuleType]:
-  """Yields the kernels of the MLP branch, interpreted."""
+def interpreted(name: str) -> Iterator[ModuleType]:
+  """Yields a module of kernels; all kernels are interpreted."""
   plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
   hopper = importlib.import_module('dualformer_jax.kernels.hopper')
 
   def add_product(total, a, b):
     return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
 
-  # The interpreter has no products of operands in registers.
+  # The interpreter cannot add to products, nor multiply operands in registers.
   with (
     mock.patch.object(hopper, 'add_product', add_product),
     plgpu.force_gpu_interpret_mode(),
   ):
-    yield importlib.import_module('dualformer_jax.kernels.mlp_gpu')
+    yield importlib.import_module(f'dualformer_jax.kernels.{name}')
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, device_kind: str) -> None:
+  """Pretends that the devices of this machine are GPUs of some kind."""
+  devices = [types.SimpleNamespace(device_kind=device_kind)]
+  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
+  monkeypatch.setattr(jax, 'devices', lambda: devices)
 
 
 @contextlib.contextmanager
@@ -75,7 +87,7 @@ def check(channels: int) -> None:
   """Asserts that the MLP branch and its gradients agree with float64."""
   from tests.kernels import test_mlp
 
-  with mlp_gpu() as module:
+  with interpreted('mlp_gpu') as module:
     assert module.fits(2, 64, channels, 256)
     arguments, dout = test_mlp.draw(2, 64, channels, 'bfloat16', hidden=256)
     test_mlp.assert_agrees(module.mlp, arguments, dout, 2**-7)

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import types
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from dualformer_jax.kernels.depthwise_conv import (
 )
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.pooling import pool
+from tests.kernels import interpreted_gpu
 
 
 def convolution(x, kernel, strides, padding):
@@ -179,9 +179,7 @@ def test_gpu_kernels_are_chosen(
     raise ChosenError
 
   monkeypatch.setattr(module, 'positional_conv', chosen)
-  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
-  devices = [types.SimpleNamespace(device_kind=device)]
-  monkeypatch.setattr(dispatch.jax, 'devices', lambda: devices)
+  interpreted_gpu.pretend(monkeypatch, device)
   compute = Compute(dtype, kernels)
   x, kernel, bias = draw((1, 2, 8, columns, 64), (3, 3, 3, 64), (64,))
   x = x.astype(dtype)

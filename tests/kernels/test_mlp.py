@@ -4,7 +4,6 @@ import functools
 import importlib
 import json
 import math
-import types
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax.kernels import dispatch, mlp
+from dualformer_jax.kernels import mlp
 from dualformer_jax.kernels.dispatch import Compute
 from tests import eight_devices
 from tests.kernels import interpreted_gpu
@@ -184,9 +183,7 @@ def test_gpu_kernels_are_chosen(
     raise ChosenError
 
   monkeypatch.setattr(module, 'mlp', chosen)
-  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
-  devices = [types.SimpleNamespace(device_kind=device)]
-  monkeypatch.setattr(dispatch.jax, 'devices', lambda: devices)
+  interpreted_gpu.pretend(monkeypatch, device)
   arguments, _ = draw(4, tokens, 64, dtype)
   function = branch(Compute(dtype, kernels))
   if is_chosen:

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax.kernels import dispatch
 from dualformer_jax.models.dualformer import DualFormer
 from tests.kernels import interpreted_gpu
 
@@ -75,8 +74,10 @@ def test_model_agrees_with_reference(monkeypatch):
 
   # Both round to bfloat16, but not the same arrays.
   largest = 2 * error('reference')
-  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
-  monkeypatch.setattr(dispatch, 'device_kind', lambda: 'NVIDIA H200')
-  with interpreted_gpu.mlp_gpu(), interpreted_gpu.names_of_kernels() as names:
+  interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
+  with (
+    interpreted_gpu.interpreted('hopper'),
+    interpreted_gpu.names_of_kernels() as names,
+  ):
     assert error('experimental') < largest
   assert names == KERNELS

@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax.kernels import dispatch, projections
+from dualformer_jax.kernels import projections
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import reference
 from dualformer_jax.models import attention
 from dualformer_jax.models.dualformer import Block
 from tests import eight_devices
-from tests.kernels import float64
+from tests.kernels import float64, interpreted_gpu
 
 
 def to_windows(x, window):
@@ -87,20 +87,11 @@ def exact(tree):
 
 
 @pytest.fixture(name='module')
-def _module(monkeypatch):
+def _module():
   """The kernels for Hopper, interpreted."""
   if jax.__version_info__ < (0, 11):
     pytest.skip('this version of JAX has no interpreter of GPU kernels')
-  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
-  module = importlib.import_module('dualformer_jax.kernels.projections_gpu')
-
-  def add_product(total, a, b):
-    return total + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32)
-
-  # The interpreter cannot add to products.
-  hopper = importlib.import_module('dualformer_jax.kernels.hopper')
-  monkeypatch.setattr(hopper, 'add_product', add_product)
-  with plgpu.force_gpu_interpret_mode():
+  with interpreted_gpu.interpreted('projections_gpu') as module:
     yield module
 
 
@@ -238,9 +229,7 @@ def test_sharded_projections_equal_one_device():
 def test_gpu_kernels_are_found(
   monkeypatch, kernels, dtype, device, channels, is_found
 ):
-  monkeypatch.setattr(dispatch, 'platform', lambda: 'gpu')
-  devices = [types.SimpleNamespace(device_kind=device)]
-  monkeypatch.setattr(dispatch.jax, 'devices', lambda: devices)
+  interpreted_gpu.pretend(monkeypatch, device)
   for window in ((8, 7, 7), None):
     found = projections.find_projections(
       (8, 16, 14, 14, channels), window, Compute(dtype, kernels)
