@@ -65,6 +65,10 @@ def get_config() -> config_dict.ConfigDict:
         'pixel_mean': (123.675, 116.28, 103.53),
         'pixel_std': (58.395, 57.12, 57.375),
         'num_threads': 16,  # to read and decode videos
+        # Processes that read training clips instead of these threads, of which
+        # Python runs only one at a time for a fifth of their work. 0: none; -1:
+        # as many as threads, on a host of 8 or more cores.
+        'num_processes': -1,
         'prefetch': 2,  # batches
       },
       # More augmentation of training clips; 0 is off.

@@ -1,15 +1,18 @@
-"""Batches of clips for one host: read ahead by threads, and resumable.
+"""Batches of clips for one host: read ahead, and resumable.
 
 All hosts see one global stream of videos, and each decodes its own rows of
-every global batch. The stream does not depend on the number of hosts or
-threads, nor on interruptions.
+every global batch. The stream does not depend on the number of hosts,
+threads or processes, nor on interruptions.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
 import dataclasses
-import itertools
+import logging
 from typing import Any
 
 import cv2
@@ -20,15 +23,24 @@ import numpy as np
 from dualformer_jax import errors
 from dualformer_jax.input_pipeline import transforms
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from dualformer_jax.input_pipeline.process_pool import ProcessPool
+from dualformer_jax.input_pipeline.shared_arrays import SharedArrays, open_array
 from dualformer_jax.input_pipeline.stored_labels import StoredLabels
 from dualformer_jax.input_pipeline.train_stream import (
   VIDEO_FAILURES,
-  Clip,
+  Failure,
+  Row,
   TrainOptions,
   TrainStream,
 )
 
 Batch = dict[str, Any]
+_LOG = logging.getLogger(__name__)
+_Video = futures.Future[tuple[list[Row], list[Failure]]]
+# The clips, which are being written, and the videos that they come from.
+_PendingBatch = tuple[UInt8[np.ndarray, 'rows *clip'], list[_Video]]
+# In a process that reads videos: the stream, and the shape of a batch's clips.
+_reader: tuple[TrainStream, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +101,7 @@ class TrainLoader(Iterator[Batch]):
     host_batch: HostBatch,
     *,
     num_threads: int = 16,
+    num_processes: int = 0,
     prefetch: int = 2,
     token_labels: StoredLabels | None = None,
   ):
@@ -100,17 +113,19 @@ class TrainLoader(Iterator[Batch]):
       options: which clips to draw.
       host_batch: size of a global batch, and this host's rows of it.
       num_threads: threads that read and decode, one video each.
-      prefetch: number of batches to read ahead; more if there are more threads.
+      num_processes: processes that do this instead; 0 for threads.
+      prefetch: number of batches to read ahead; more if there are more readers.
       token_labels: stored labels of the same videos; cropped as the clips are.
 
     Raises:
       UserError: an argument is out of range; or (from next()) no video can be
         read.
     """
-    if min(num_threads, prefetch) < 1:
+    if min(num_threads, prefetch) < 1 or num_processes < 0:
       raise errors.UserError(
         'num_threads and prefetch must be 1 or more, got'
-        f' {num_threads} and {prefetch}'
+        f' {num_threads} and {prefetch}; num_processes 0 or more, got'
+        f' {num_processes}'
       )
     rows, repeats = host_batch.rows, options.repeats
     if len(rows) % repeats or any(
@@ -121,48 +136,84 @@ class TrainLoader(Iterator[Batch]):
         ' runs of that many; choose a batch_size that is a multiple of repeats'
         ' on each device'
       )
-    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
-    self._stream = TrainStream(dataset, preprocessing, options, token_labels)
+    self._source = dataset, preprocessing, options, token_labels
+    self._stream = TrainStream(*self._source)
     self._host_batch = host_batch
-    self._videos_per_batch = len(rows) // repeats
-    self._read_options = grain.ReadOptions(
-      num_threads=num_threads,
-      prefetch_buffer_size=max(prefetch * self._videos_per_batch, num_threads),
-    )
-    self._position = 0
-    self._batches: Any = None
+    self._num_threads = num_threads
+    self._num_processes = num_processes
+    videos_per_batch = len(rows) // repeats
+    readers = num_processes or num_threads
+    self._ahead = max(prefetch, -(-readers // videos_per_batch))
+    self._position = 0  # of the next batch
+    self._arrays = SharedArrays((len(rows), *self._stream.clip_shape))
+    self._pool: futures.Executor | None = None
+    self._pending = collections.deque[_PendingBatch]()
+    self._failed = set[str]()  # names of videos that cannot be read
 
   def __next__(self) -> Batch:
-    if self._batches is None:
-      stream, host_batch, start = self._stream, self._host_batch, self._position
+    size = self._host_batch.global_size
+    if self._pool is None:
+      self._pool = self._start_pool()
+    while len(self._pending) <= self._ahead:
+      position = self._position + size * len(self._pending)
+      self._pending.append(self._begin_batch(self._pool, position))
+    clips, videos = self._pending.popleft()
+    rows: list[Row] = []
+    for video in videos:
+      rows_of_video, failures = self._result(video)
+      rows += rows_of_video
+      self._log_failures(failures)
+    self._position += size
+    fields = {name: [row[name] for row in rows] for name in rows[0]}
+    labels = _labels(fields.pop('labels'), self._stream.dataset)
+    video_ids = fields.pop('video_ids')
+    arrays = {name: np.stack(values) for name, values in fields.items()}
+    return {'clips': clips, **arrays, 'labels': labels, 'video_ids': video_ids}
 
-      def read_video(index: int) -> list[Clip]:
-        position = host_batch.position(index * stream.options.repeats)
-        return stream.clips(start + position)
-
-      batches = (
-        grain.MapDataset.range(2**62)
-        .map(read_video)
-        .to_iter_dataset(self._read_options)
-        .batch(self._videos_per_batch, batch_fn=self._collate)
+  def _start_pool(self) -> futures.Executor:
+    if self._num_processes:
+      return ProcessPool(
+        self._num_processes, _start_reader, (*self._source, self._arrays.shape)
       )
-      # Batches are collated by another thread, as copying clips takes time.
-      self._batches = iter(
-        grain.experimental.ThreadPrefetchIterDataset(
-          batches, prefetch_buffer_size=1
+    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
+    return futures.ThreadPoolExecutor(self._num_threads, 'reader')
+
+  def _begin_batch(self, pool: futures.Executor, start: int) -> _PendingBatch:
+    """Submits the videos of the batch at a position of the stream."""
+    clips, path = self._arrays.take()
+    repeats = self._stream.options.repeats
+    videos = []
+    for first in range(0, len(clips), repeats):
+      position = start + int(self._host_batch.rows[first])
+      if self._num_processes:
+        video = pool.submit(_read_in_process, position, path, first)
+      else:
+        out = clips[first : first + repeats]
+        video = pool.submit(self._stream.read, position, out)
+      videos.append(video)
+    return clips, videos
+
+  def _result(self, video: _Video) -> tuple[list[Row], list[Failure]]:
+    try:
+      return video.result()
+    except BrokenProcessPool as error:
+      raise errors.UserError(
+        'a process that reads videos was killed: the host may be short of'
+        ' memory, then set a lower dataset.num_processes; or a video crashes'
+        ' the decoder'
+      ) from error
+
+  def _log_failures(self, failures: list[Failure]) -> None:
+    for name, reason in failures:
+      if name not in self._failed:
+        self._failed.add(name)
+        _LOG.warning(
+          'Video %s cannot be read and is replaced by the next one (%d so far):'
+          ' %s',
+          name,
+          len(self._failed),
+          reason,
         )
-      )
-    batch = next(self._batches)
-    self._position += self._host_batch.global_size
-    return batch
-
-  def _collate(self, videos: Sequence[list[Clip]]) -> Batch:
-    clips = list(itertools.chain.from_iterable(videos))
-    rows = {name: [clip[name] for clip in clips] for name in clips[0]}
-    labels = _labels(rows.pop('labels'), self._stream.dataset)
-    video_ids = rows.pop('video_ids')
-    arrays = {name: np.stack(values) for name, values in rows.items()}
-    return {**arrays, 'labels': labels, 'video_ids': video_ids}
 
   def get_state(self) -> dict[str, Any]:
     """Returns the state after the last batch, of JSON types.
@@ -199,10 +250,37 @@ class TrainLoader(Iterator[Batch]):
     self._position = state['position']
 
   def close(self) -> None:
-    """Stops the reader threads; the next batch restarts them."""
-    if self._batches is not None:
-      self._batches.close()
-      self._batches = None
+    """Stops reading ahead; the next batch starts it again."""
+    if isinstance(self._pool, ProcessPool):
+      self._pool.kill()
+      # Killed processes may have been writing.
+      self._arrays = SharedArrays(self._arrays.shape)
+    elif self._pool is not None:
+      self._pool.shutdown(cancel_futures=True)
+    self._pool = None
+    self._pending.clear()
+
+
+def _start_reader(
+  dataset: PreparedDataset,
+  preprocessing: transforms.Preprocessing,
+  options: TrainOptions,
+  token_labels: StoredLabels | None,
+  shape: tuple[int, ...],
+) -> None:
+  """Prepares a process for _read_in_process."""
+  global _reader
+  cv2.setNumThreads(0)
+  _reader = TrainStream(dataset, preprocessing, options, token_labels), shape
+
+
+def _read_in_process(
+  position: int, path: str, first: int
+) -> tuple[list[Row], list[Failure]]:
+  """Reads clips into an array of the parent process, from row `first` on."""
+  stream, shape = _reader
+  clips = open_array(path, shape)
+  return stream.read(position, clips[first : first + stream.options.repeats])
 
 
 @dataclasses.dataclass

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
+import fcntl
 import hashlib
 import logging
+import os
 import pathlib
 from typing import Any
 
@@ -125,12 +128,12 @@ class DiskCache:
     Raises:
       UserError: the folder cannot be written.
     """
-    self._folder = folder
+    self._folder, self._max_bytes = folder, max_bytes
     files.check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    self._free = max_bytes - sum(
-      p.stat().st_size for p in folder.rglob('*.part')
-    )
+    with self._total() as total:
+      parts = folder.rglob('*.part')
+      total[:] = [sum(path.stat().st_size for path in parts)]
 
   def get(self, key: str, read: Callable[[], bytes]) -> bytes:
     """Returns what `read` returns, from the cache if it is there."""
@@ -140,15 +143,30 @@ class DiskCache:
       return path.read_bytes()
     except OSError:
       content = read()
-    if len(content) <= self._free:
-      try:
+    try:
+      with self._total() as total:
+        has_room = total[0] + len(content) <= self._max_bytes
+        total[0] += len(content) if has_room else 0
+      if has_room:
         with files.atomic_write(path) as file:
           file.write(content)
-        self._free -= len(content)
-      except OSError as error:  # as by a full disk
-        _LOG.warning('the cache is no longer written: %s', error)
-        self._free = 0
+    except OSError as error:  # as by a full disk
+      _LOG.warning('the cache is no longer written: %s', error)
+      self._max_bytes = 0
     return content
+
+  @contextlib.contextmanager
+  def _total(self) -> Iterator[list[int]]:
+    """Locks the number of bytes of all files, which the block may change."""
+    descriptor = os.open(self._folder / 'size', os.O_RDWR | os.O_CREAT, 0o666)
+    with os.fdopen(descriptor, 'r+') as file:
+      fcntl.flock(file, fcntl.LOCK_EX)  # until the file is closed
+      text = file.read()
+      total = [int(text) if text.isdigit() else 0]
+      yield total
+      file.seek(0)
+      file.truncate()
+      file.write(str(total[0]))
 
 
 def local_folder(url: str) -> pathlib.Path:

@@ -10,8 +10,8 @@ import dataclasses
 import itertools
 from typing import Any
 
-from absl import logging
 import grain
+from jaxtyping import UInt8
 import numpy as np
 
 from dualformer_jax import errors
@@ -24,8 +24,10 @@ from dualformer_jax.input_pipeline.dataset import (
 from dualformer_jax.input_pipeline.stored_labels import StoredLabels
 from dualformer_jax.input_pipeline.video_reader import VideoError
 
-# A training clip: a row of a batch, see loader.TrainLoader.
-Clip = dict[str, Any]
+# What a row of a batch has besides the clip; see loader.TrainLoader.
+Row = dict[str, Any]
+# Name of a video that cannot be read, and the reason.
+Failure = tuple[str, str]
 # What a video that cannot be read raises.
 VIDEO_FAILURES = (VideoError, RecordError)
 # So many unreadable videos in a row mean that something else is wrong.
@@ -73,7 +75,7 @@ class TrainStream:
   Attributes:
     dataset: the videos.
     options: see TrainOptions.
-    failed: reason by name, of videos that could not be read so far.
+    clip_shape: shape of a clip.
   """
 
   def __init__(
@@ -85,31 +87,47 @@ class TrainStream:
   ):
     self.dataset = dataset
     self.options = options
-    self.failed: dict[str, str] = {}
+    self.clip_shape = preprocessing.clip_shape(options.yuv420)
     self._preprocessing = preprocessing
     self._token_labels = token_labels
     self._order = _video_order(dataset, options)
     self._order[0]  # Initializes what the loader's threads share.
 
-  def clips(self, position: int) -> list[Clip]:
-    """Returns `repeats` consecutive clips, the first at `position`.
+  def read(
+    self, position: int, out: UInt8[np.ndarray, 'repeats t *frame']
+  ) -> tuple[list[Row], list[Failure]]:
+    """Reads `repeats` consecutive clips, the first at `position`.
+
+    Args:
+      position: in the stream.
+      out: where to write the clips.
+
+    Returns:
+      What their rows of a batch have besides the clips, and the videos that
+      cannot be read and are replaced by the next.
 
     Raises:
       UserError: a clip's video and those after it cannot be read.
     """
     repeats = self.options.repeats
     positions = range(position, position + repeats)
+    rows, failures = [], []
     # All of one video, unless the state of other `repeats` was restored.
-    videos = itertools.groupby(positions, lambda p: p // repeats)
-    return [
-      clip
-      for video, group in videos
-      for clip in self._clips_of_video(video, list(group))
-    ]
+    for video, group in itertools.groupby(positions, lambda p: p // repeats):
+      group = list(group)
+      part = out[len(rows) : len(rows) + len(group)]
+      rows += self._read_video(video, group, part, failures)
+    return rows, failures
 
-  def _clips_of_video(self, number: int, positions: list[int]) -> list[Clip]:
-    """Returns clips of the stream's n-th video, or of the next readable one."""
-    name = error = None
+  def _read_video(
+    self,
+    number: int,
+    positions: list[int],
+    out: UInt8[np.ndarray, 'n t *frame'],
+    failures: list[Failure],
+  ) -> list[Row]:
+    """Reads clips of the stream's n-th video, or of the next readable one."""
+    failed = dict[str, Exception]()
     # Twice the length, so that all videos of an order are tried.
     for attempt in range(min(_MAX_FAILURES_IN_A_ROW, 2 * len(self.dataset))):
       index = int(self._order[number + attempt])
@@ -117,24 +135,29 @@ class TrainStream:
       try:
         example = self.dataset[index]
         name = example.video_id
-        return self._cut(example, index, positions)
-      except VIDEO_FAILURES as caught:
-        error = caught
-        self._log_failure(name, caught)
+        return self._cut(example, index, positions, out)
+      except VIDEO_FAILURES as error:
+        failed[name] = error
+        failures.append((name, errors.error_reason(error)))
+    name, error = failed.popitem()
     raise errors.UserError(
-      f'{self.dataset.folder}: {len(self.failed)} videos of split'
+      f'{self.dataset.folder}: {len(failed) + 1} videos of split'
       f' {self.dataset.split!r} cannot be read, and none replaces them; the'
       f' last one is {name} ({error})'
     ) from error
 
   def _cut(
-    self, example: Example, index: int, positions: list[int]
-  ) -> list[Clip]:
-    """Returns a clip of a video for each position."""
+    self,
+    example: Example,
+    index: int,
+    positions: list[int],
+    out: UInt8[np.ndarray, 'n t *frame'],
+  ) -> list[Row]:
+    """Cuts a clip of a video for each position."""
     p, options = self._preprocessing, self.options
     rngs = [np.random.default_rng((options.seed, i)) for i in positions]
     warped = options.rand_augment_ops > 0  # in RGB
-    all_pixels, locations = transforms.train_clips(
+    clips, locations = transforms.train_clips(
       example.video,
       p,
       rngs,
@@ -142,10 +165,13 @@ class TrainStream:
       random_crop=options.random_crop,
       start_multiple=options.start_multiple,
       yuv420=options.yuv420 and not warped,
+      out=None if warped else out,
     )
-    clips = []
-    for pixels, location, rng in zip(all_pixels, locations, rngs, strict=True):
-      clip: Clip = {'labels': example.label, 'video_ids': example.video_id}
+    rows = []
+    for clip, location, rng, target in zip(
+      clips, locations, rngs, out, strict=True
+    ):
+      row: Row = {'labels': example.label, 'video_ids': example.video_id}
       if warped:
         operations = rand_augment.draw(
           rng,
@@ -153,31 +179,20 @@ class TrainStream:
           options.rand_augment_magnitude,
           p.image_size,
         )
-        pixels = rand_augment.warp(pixels, operations.matrix, p.pixel_mean)
+        clip = rand_augment.warp(clip, operations.matrix, p.pixel_mean)
         if options.yuv420:
-          pixels = np.stack([transforms.to_yuv420(frame) for frame in pixels])
-        clip['color_ops'] = operations.color_ops
-        clip['magnitudes'] = operations.magnitudes
+          clip = [transforms.to_yuv420(frame) for frame in clip]
+        target[...] = clip
+        row['color_ops'] = operations.color_ops
+        row['magnitudes'] = operations.magnitudes
       if self._token_labels is not None:
         # A token covers two frames.
-        clip['token_values'], clip['token_classes'] = self._token_labels.at(
+        row['token_values'], row['token_classes'] = self._token_labels.at(
           index, location.frame_indices[::2]
         )
-        clip['token_boxes'] = np.array(location.box, np.float32)
-      clips.append({'clips': pixels, **clip})
-    return clips
-
-  def _log_failure(self, name: str, error: errors.UserError) -> None:
-    is_new = name not in self.failed
-    self.failed[name] = errors.error_reason(error)
-    if is_new:
-      logging.warning(
-        'Video %s cannot be read and is replaced by the next one (%d so far):'
-        ' %s',
-        name,
-        len(self.failed),
-        self.failed[name],
-      )
+        row['token_boxes'] = np.array(location.box, np.float32)
+      rows.append(row)
+    return rows
 
 
 def _video_order(dataset: PreparedDataset, options: TrainOptions) -> Any:

@@ -73,6 +73,12 @@ class Preprocessing:
         f'num_clips must be 1 with uniform sampling, got {self.num_clips}'
       )
 
+  def clip_shape(self, yuv420: bool = False) -> tuple[int, ...]:
+    """Returns the shape of an RGB clip, or of one as of to_yuv420."""
+    size = self.image_size
+    frame = (3 * size // 2, size) if yuv420 else (size, size, 3)
+    return self.num_frames, *frame
+
 
 @dataclasses.dataclass(frozen=True)
 class ClipLocation:
@@ -130,6 +136,7 @@ def train_clips(
   random_crop: bool = True,
   start_multiple: int = 1,
   yuv420: bool = False,
+  out: UInt8[np.ndarray, 'clips frames *frame'] | None = None,
 ) -> tuple[
   UInt8[np.ndarray, 'clips frames size size 3']
   | UInt8[np.ndarray, 'clips frames rows size'],
@@ -147,6 +154,7 @@ def train_clips(
     random_crop: False takes the center crop.
     start_multiple: clips start at multiples of this frame; dense sampling only.
     yuv420: returns YUV instead of RGB, with rows = 3 / 2 * size: see to_yuv420.
+    out: array for the clips; a new one by default.
 
   Returns:
     The clips, and where in the video each of them is.
@@ -155,9 +163,8 @@ def train_clips(
     VideoError: the video cannot be decoded, or has no frames.
   """
   p = preprocessing
-  size = p.image_size
-  shape = (3 * size // 2, size) if yuv420 else (size, size, 3)
-  clips = np.empty((len(rngs), p.num_frames, *shape), np.uint8)
+  if out is None:
+    out = np.empty((len(rngs), *p.clip_shape(yuv420)), np.uint8)
   with _open(video) as reader:
     indices = np.stack(
       [train_frame_indices(p, len(reader), r, start_multiple) for r in rngs]
@@ -191,7 +198,7 @@ def train_clips(
         frame_size = picture.shape[:2]
         parts = boxes = draw_boxes(frame_size)
       for clip, time in places[index]:
-        _resize_part_to(clips[clip, time], picture, parts[clip])
+        _resize_part_to(out[clip, time], picture, parts[clip])
   locations = []
   for clip_indices, box in zip(indices, boxes, strict=True):
     if p.sampling == 'dense':  # Undoes looping.
@@ -199,7 +206,7 @@ def train_clips(
       clip_indices = clip_indices[0] + offsets
     fractions = np.divide(box, frame_size * 2)
     locations.append(ClipLocation(clip_indices, tuple(fractions.tolist())))
-  return clips, locations
+  return out, locations
 
 
 def train_frame_indices(

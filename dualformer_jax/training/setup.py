@@ -32,6 +32,8 @@ from dualformer_jax.training.state import TrainState, init_state
 # An ml_collections.ConfigDict, whose fields type checkers cannot know.
 Config = Any
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+# With fewer cores, processes cost more than they gain.
+_CORES_FOR_PROCESSES = 8
 
 
 @functools.cache  # All splits share its limit.
@@ -342,12 +344,17 @@ def make_train_loader(
     config.batch_size,
     sharding.local_batch_indices(training.mesh, config.batch_size),
   )
+  num_processes = dataset.num_processes
+  if num_processes < 0:
+    is_large = len(os.sched_getaffinity(0)) >= _CORES_FOR_PROCESSES
+    num_processes = dataset.num_threads if is_large else 0
   return loader.TrainLoader(
     data,
     preprocessing,
     options,
     host_batch,
     num_threads=dataset.num_threads,
+    num_processes=num_processes,
     prefetch=dataset.prefetch,
     token_labels=teacher.stored if teacher else None,
   )

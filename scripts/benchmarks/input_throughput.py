@@ -8,15 +8,12 @@ same clips from the original files with decord and OpenCV, as the published
 implementation does (pip install decord).
 
 Measures every row in every round, and prints medians. Rates on one core are of
-CPU time, which other programs affect less. The scaling with threads is of wall
-time, and needs an idle machine; that of processes, which share nothing, shows
-what the machine allows.
+CPU time, which other programs affect less. The scaling with threads and
+processes is of wall time, and needs an idle machine.
 """
 
 from collections.abc import Callable
-from concurrent import futures
 import json
-import multiprocessing
 import operator
 import os
 import pathlib
@@ -130,19 +127,20 @@ def read_originals(paths: list[pathlib.Path]) -> Callable[[int], object]:
   return read
 
 
-def rate_of_threads(
-  dataset: PreparedDataset, num_threads: int, num_clips: int
+def rate_of_loader(
+  dataset: PreparedDataset, kind: str, number: int, num_clips: int
 ) -> float:
-  """Returns the loader's clips per second."""
+  """Returns the loader's clips per second with some threads or processes."""
   clips = loader.TrainLoader(
     dataset,
     PREPROCESSING,
     loader.TrainOptions(seed=0, start_multiple=2),
     loader.HostBatch(4),
-    num_threads=num_threads,
+    num_threads=number if kind == 'threads' else 1,
+    num_processes=number if kind == 'processes' else 0,
   )
-  next(clips)  # starts the threads
-  for _ in range(2 * num_threads // 4 + 2):
+  next(clips)  # starts them
+  for _ in range(2 * number // 4 + 4):
     next(clips)  # drops batches that were read ahead meanwhile
   start = time.perf_counter()
   batches = max(1, num_clips // 4)
@@ -153,25 +151,11 @@ def rate_of_threads(
   return 4 * batches / seconds
 
 
-def rate_of_processes(
-  pool: futures.Executor, dataset: PreparedDataset, number: int, num_clips: int
-) -> float:
-  """Returns the clips per second of loaders of one thread each."""
-  same = [dataset] * number
-  return sum(
-    pool.map(rate_of_threads, same, [1] * number, [num_clips] * number)
-  )
-
-
 def main() -> None:
   """Prepares, measures and prints a table."""
   cv2.setNumThreads(0)
   all_cores = sorted(os.sched_getaffinity(0))
-  spawn = multiprocessing.get_context('spawn')
-  with (
-    tempfile.TemporaryDirectory() as out,
-    futures.ProcessPoolExecutor(len(all_cores), spawn) as pool,
-  ):
+  with tempfile.TemporaryDirectory() as out:
     forms = [('reencoded', int(crf)) for crf in FLAGS.crf]
     forms += [('jpeg', 18), ('verbatim', 18)]
     datasets = {
@@ -200,9 +184,10 @@ def main() -> None:
       readers[name] = read_prepared(datasets[best], **fields)
       sizes[name] = sizes[best]
     rates: dict[str, list[float]] = {name: [] for name in readers}
-    threads = sorted({1, 2, len(all_cores)} & set(range(1, len(all_cores) + 1)))
-    scaling: dict[int, list[float]] = {n: [] for n in threads}
-    separate: dict[int, list[float]] = {n: [] for n in threads}
+    numbers = sorted({1, 2, len(all_cores)} & set(range(1, len(all_cores) + 1)))
+    scaling: dict[str, dict[int, list[float]]] = {
+      kind: {n: [] for n in numbers} for kind in ('threads', 'processes')
+    }
     for turn in tqdm.trange(FLAGS.rounds, desc='Measuring'):
       os.sched_setaffinity(0, all_cores[:1])
       for name, read in readers.items():
@@ -210,14 +195,11 @@ def main() -> None:
         for number in range(FLAGS.clips):
           read(turn * FLAGS.clips + number)
         rates[name].append(FLAGS.clips / (time.process_time() - start))
-      for number, kept in scaling.items():
-        os.sched_setaffinity(0, all_cores[:number])
-        kept.append(
-          rate_of_threads(datasets[best], number, number * FLAGS.clips)
-        )
-        separate[number].append(
-          rate_of_processes(pool, datasets[best], number, FLAGS.clips)
-        )
+      for kind, of_kind in scaling.items():
+        for number, kept in of_kind.items():
+          os.sched_setaffinity(0, all_cores[:number])
+          num_clips = number * FLAGS.clips
+          kept.append(rate_of_loader(datasets[best], kind, number, num_clips))
       os.sched_setaffinity(0, all_cores)
   medians = {name: statistics.median(values) for name, values in rates.items()}
   base = medians['original files, decord and OpenCV']
@@ -226,10 +208,9 @@ def main() -> None:
   for name, rate in medians.items():
     size = sizes[name] / 1e6
     print(f'| {name} | {size:.2f} | {rate:.1f} | {rate / base:.1f} |')
-  by_threads = {n: statistics.median(values) for n, values in scaling.items()}
-  for kind, rates_of in {'threads': scaling, 'processes': separate}.items():
-    for number, values in rates_of.items():
-      pairs = zip(values, rates_of[1], strict=True)
+  for kind, of_kind in scaling.items():
+    for number, values in of_kind.items():
+      pairs = zip(values, of_kind[1], strict=True)
       ratio = statistics.median(many / one for many, one in pairs)
       print(f'{best}, {number} {kind} on as many cores: {ratio:.2f} times one')
   if FLAGS.json:
@@ -238,7 +219,13 @@ def main() -> None:
       'cores': len(all_cores),
       'clips_per_second': medians,
       'bytes_per_video': sizes,
-      'clips_per_second_by_threads': by_threads,
+      **{
+        f'clips_per_second_by_{kind}': {
+          number: statistics.median(values)
+          for number, values in of_kind.items()
+        }
+        for kind, of_kind in scaling.items()
+      },
     }
     pathlib.Path(FLAGS.json).write_text(json.dumps(content, indent=2) + '\n')
 

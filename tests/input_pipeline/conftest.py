@@ -8,7 +8,6 @@ import pathlib
 import shutil
 from typing import Any
 
-from absl import logging as absl_logging
 import pytest
 
 from dualformer_jax.input_pipeline import loader
@@ -34,7 +33,7 @@ def make_loader(
 
 @pytest.fixture
 def logged_warnings() -> Iterator[list[str]]:
-  """Returns the list that absl's warnings are appended to."""
+  """Returns the list that the package's warnings are appended to."""
   messages = []
 
   class Keep(logging.Handler):
@@ -42,9 +41,9 @@ def logged_warnings() -> Iterator[list[str]]:
       messages.append(record.getMessage())
 
   handler = Keep(logging.WARNING)
-  absl_logging.get_absl_logger().addHandler(handler)
+  logging.getLogger('dualformer_jax').addHandler(handler)
   yield messages
-  absl_logging.get_absl_logger().removeHandler(handler)
+  logging.getLogger('dualformer_jax').removeHandler(handler)
 
 
 @pytest.fixture

@@ -115,10 +115,14 @@ def ids(batches: list[dict[str, Any]]) -> list[str]:
 
 
 def wait_for_threads() -> list[str]:
-  """Waits for Grain's threads to end, and returns those that do not."""
+  """Waits for readers to end, and returns those that do not."""
   names = ['unknown']
   end = time.monotonic() + 10
   while names and time.monotonic() < end:
     time.sleep(0.02)
-    names = [t.name for t in threading.enumerate() if 'grain' in t.name]
+    names = [
+      thread.name
+      for thread in threading.enumerate()
+      if 'grain' in thread.name or 'reader' in thread.name
+    ]
   return names

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import pathlib
+import signal
 import subprocess
 import sys
 import threading
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -138,6 +143,50 @@ def test_threads_and_prefetching_do_not_change_the_stream(make_loader, threads):
     assert_same(a, b)
 
 
+@pytest.mark.slow
+def test_processes_do_not_change_the_stream(make_loader, logged_warnings):
+  options: dict[str, Any] = {
+    'name': 'flawed',
+    'repeats': 2,
+    'rand_augment_ops': 2,
+    'yuv420': True,
+    'class_balanced': True,
+  }
+  expected = take(make_loader(**options), 7)
+  of_threads = sorted(logged_warnings)
+  logged_warnings.clear()
+  iterator = make_loader(**options, num_processes=2)
+  found = take(iterator, 5)
+  state = iterator.get_state()
+  iterator.close()
+  assert multiprocessing.active_children() == []
+  iterator.set_state(state)
+  found += take(iterator, 2)
+  for a, b in zip(found, expected, strict=True):
+    assert_same(a, b)
+  # Of the same videos, each once.
+  assert len(of_threads) == len(BROKEN)
+  assert [m.partition('(')[0] for m in sorted(logged_warnings)] == [
+    m.partition('(')[0] for m in of_threads
+  ]
+
+
+@pytest.mark.slow
+def test_killed_process_ends_the_run_and_signals_do_not(make_loader):
+  iterator = make_loader(num_processes=1)
+  take(iterator, 2)
+  (reader,) = multiprocessing.active_children()
+  assert reader.pid is not None
+  for number in (signal.SIGINT, signal.SIGTERM):
+    os.kill(reader.pid, number)
+  take(iterator, 8)
+  reader.kill()
+  with pytest.raises(errors.UserError, match='process that reads videos was'):
+    take(iterator, 8)
+  iterator.close()
+  assert multiprocessing.active_children() == []
+
+
 @pytest.mark.parametrize('position', [0, 1, 6])
 def test_interrupted_run_resumes_exactly(make_loader, position):
   expected = take(make_loader(), position + 3)
@@ -192,11 +241,24 @@ def test_state_of_another_run_raises(make_loader):
 
 def test_later_batches_do_not_change_earlier_ones(make_loader):
   iterator = make_loader()
-  batches = take(iterator, 4)
-  copies = [batch['clips'].copy() for batch in batches]
-  take(iterator, 4)
-  for batch, copy in zip(batches, copies, strict=True):
-    np.testing.assert_array_equal(batch['clips'], copy)
+  kept, copies = [], []
+  # A part of an array, and what JAX may not copy, keep the memory as well.
+  for keep in (lambda x: x, lambda x: x[1:, ::2], jax.device_put, jnp.asarray):
+    clips = next(iterator)['clips']
+    copies.append(np.array(keep(clips)))
+    kept.append(keep(clips))
+  del clips
+  take(iterator, 8)
+  for clips, copy in zip(kept, copies, strict=True):
+    np.testing.assert_array_equal(clips, copy)
+
+
+def test_memory_of_batches_is_used_again(make_loader):
+  iterator = make_loader(prefetch=3)
+  places = set()
+  for _ in range(20):
+    places.add(next(iterator)['clips'].ctypes.data)
+  assert len(places) <= 5  # one in use, one being read, three ahead
 
 
 def test_threads_read_in_parallel_and_only_as_far_ahead_as_asked(
@@ -233,7 +295,7 @@ def test_close_ends_all_threads(make_loader, prepared_datasets):
   wait_for_threads()
   iterator = make_loader(num_threads=4, prefetch=2)
   next(iterator)
-  assert any('grain' in thread.name for thread in threading.enumerate())
+  assert any('reader' in thread.name for thread in threading.enumerate())
   iterator.close()
   assert wait_for_threads() == []
   dataset = open_dataset(prepared_datasets)

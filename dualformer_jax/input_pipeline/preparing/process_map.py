@@ -4,12 +4,9 @@ import collections
 from collections.abc import Callable, Generator, Iterable
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from typing import TypeVar
+
+from dualformer_jax.input_pipeline.process_pool import ProcessPool
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
@@ -24,8 +21,7 @@ def map_in_processes(
   and idempotent: after a crash the items in flight are processed again, one
   process each, to find the culprit.
   """
-  others = multiprocessing.active_children()
-  pool = _start_pool(num_processes)
+  pool = ProcessPool(num_processes)
   pending: collections.deque[tuple[Item, futures.Future[Result]]]
   pending = collections.deque()
 
@@ -35,74 +31,26 @@ def map_in_processes(
       return future.result()
     except BrokenProcessPool:
       pass
-    with _start_pool(1) as alone:
-      try:
-        return _submit(alone, function, item).result()
-      except BrokenProcessPool:
-        return None
+    alone = ProcessPool(1)
+    try:
+      return alone.submit(function, item).result()
+    except BrokenProcessPool:
+      return None
+    finally:
+      alone.kill()
 
   try:
     for item in items:
       try:
-        future = _submit(pool, function, item)
+        future = pool.submit(function, item)
       except BrokenProcessPool:
         pool.shutdown()
-        pool = _start_pool(num_processes)
-        future = _submit(pool, function, item)
+        pool = ProcessPool(num_processes)
+        future = pool.submit(function, item)
       pending.append((item, future))
       if len(pending) > 4 * num_processes:
         yield next_result()
     while pending:
       yield next_result()
   finally:
-    for process in multiprocessing.active_children():
-      if process not in others:
-        process.terminate()  # It may be busy with a long video.
-    pool.shutdown(cancel_futures=True)
-
-
-def _start_pool(num_processes: int) -> futures.ProcessPoolExecutor:
-  # A forked process could inherit locks held by TensorFlow's threads.
-  context = multiprocessing.get_context('spawn')
-  # If a signal ends this process, another one frees its semaphores. Options of
-  # warnings are passed on to that process, which would print a warning.
-  sys.warnoptions.append('ignore:resource_tracker')
-  try:
-    return futures.ProcessPoolExecutor(
-      num_processes, context, initializer=_exit_with_parent
-    )
-  finally:
-    sys.warnoptions.pop()
-
-
-def _submit(
-  pool: futures.ProcessPoolExecutor,
-  function: Callable[[Item], Result],
-  item: Item,
-) -> futures.Future[Result]:
-  """Submits a call, which may start a process.
-
-  A new process does not import the main module. That is the `tfds` command with
-  all of TFDS and Beam, whose import takes seconds, and no worker uses it. Nor
-  does it get SIGINT, which the parent handles.
-  """
-  main = sys.modules['__main__'].__dict__
-  hidden = {n: main.pop(n) for n in ('__file__', '__spec__') if n in main}
-  main['__spec__'] = None
-  mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-  try:
-    return pool.submit(function, item)
-  finally:
-    main.update(hidden)
-    signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-def _exit_with_parent() -> None:
-  parent = multiprocessing.parent_process()
-  assert parent is not None
-
-  def wait() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=wait, daemon=True).start()
+    pool.kill()  # It may be busy with a long video.

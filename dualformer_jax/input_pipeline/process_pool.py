@@ -1,0 +1,90 @@
+"""A pool of processes that start fast and end with this one."""
+
+from collections.abc import Callable
+from concurrent import futures
+import multiprocessing
+from multiprocessing.process import BaseProcess
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+
+class ProcessPool(futures.ProcessPoolExecutor):
+  """Processes that ignore SIGINT and SIGTERM, and end when their parent does.
+
+  They do not import the main module: with all that a command imports, this
+  would take seconds.
+  """
+
+  def __init__(
+    self,
+    num_processes: int,
+    initializer: Callable[..., None] | None = None,
+    initargs: tuple[Any, ...] = (),
+  ):
+    """Prepares a pool; `submit` starts the processes.
+
+    Args:
+      num_processes: number of processes.
+      initializer: called in each of them.
+      initargs: its arguments.
+    """
+    self._children: list[BaseProcess] = []
+    self._num_processes = num_processes
+    # If a signal ends this process, another one frees its semaphores. Options
+    # of warnings are passed on to that process, which would print a warning.
+    sys.warnoptions.append('ignore:resource_tracker')
+    try:
+      super().__init__(
+        num_processes,
+        # A forked process could inherit locks held by other threads.
+        multiprocessing.get_context('spawn'),
+        _initialize,
+        (initializer, initargs),
+      )
+    finally:
+      sys.warnoptions.pop()
+
+  def submit(  # pyright: ignore[reportIncompatibleMethodOverride]
+    self, function: Callable[..., Any], /, *args: Any
+  ) -> futures.Future[Any]:
+    """Submits a call, which may start a process."""
+    if len(self._children) == self._num_processes:
+      return super().submit(function, *args)
+    before = multiprocessing.active_children()
+    main = sys.modules['__main__'].__dict__
+    hidden = {n: main.pop(n) for n in ('__file__', '__spec__') if n in main}
+    main['__spec__'] = None
+    # A new process inherits the mask.
+    signals = [signal.SIGINT, signal.SIGTERM]
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+      return super().submit(function, *args)
+    finally:
+      main.update(hidden)
+      signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+      started = multiprocessing.active_children()
+      self._children += [child for child in started if child not in before]
+
+  def kill(self) -> None:
+    """Ends the processes, whatever they do."""
+    for child in self._children:
+      child.kill()
+    self.shutdown(cancel_futures=True)
+
+
+def _initialize(
+  initializer: Callable[..., None] | None, args: tuple[Any, ...]
+) -> None:
+  parent = multiprocessing.parent_process()
+  assert parent is not None
+
+  def exit_with_parent() -> None:
+    parent.join()
+    os._exit(1)
+
+  threading.Thread(target=exit_with_parent, daemon=True).start()
+  if initializer is not None:
+    initializer(*args)
