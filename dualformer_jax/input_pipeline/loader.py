@@ -200,7 +200,7 @@ class TrainLoader(Iterator[Batch]):
       raise errors.UserError(
         'a process that reads videos was killed: the host may be short of'
         ' memory, then set a lower dataset.num_processes; or a video crashes'
-        ' the decoder'
+        ' the decoder. What it printed before is above'
       ) from error
 
   def _log_failures(self, failures: list[Failure]) -> None:

@@ -129,9 +129,11 @@ class TFRecordFiles:
     if self._store is None:
       # Opened for each record, as there may be more shards than a process may
       # have files open.
-      with open(path, 'rb') as file:
-        file.seek(start)
-        content = file.read(end - start)
+      descriptor = os.open(path, os.O_RDONLY)
+      try:
+        content = os.pread(descriptor, end - start, start)
+      finally:
+        os.close(descriptor)
     elif self._cache is None:
       content = self._store.read(path, start, end)
     else:

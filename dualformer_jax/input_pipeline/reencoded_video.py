@@ -102,7 +102,7 @@ class ReencodedVideo:
     sizes = _integers(table.body('stsz')[8:], 1)[:, 0]
     chunks = _integers(table.body('stco')[4:], 1)[:, 0]
     runs = _integers(table.body('stsc')[4:], 3)  # first chunk, samples in each
-    num_chunks = np.diff(np.append(runs[:, 0] - 1, len(chunks)))
+    num_chunks = [*runs[1:, 0] - 1, len(chunks)] - (runs[:, 0] - 1)
     in_chunk = _repeat(runs[:, 1], num_chunks, len(chunks))
     start = np.cumsum(sizes) - sizes
     first = np.cumsum(in_chunk) - in_chunk

@@ -190,7 +190,7 @@ class TrainStream:
         row['token_values'], row['token_classes'] = self._token_labels.at(
           index, location.frame_indices[::2]
         )
-        row['token_boxes'] = np.array(location.box, np.float32)
+        row['token_boxes'] = location.box
       rows.append(row)
     return rows
 

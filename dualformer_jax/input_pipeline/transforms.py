@@ -11,7 +11,7 @@ import math
 from typing import Any
 
 import cv2
-from jaxtyping import Int, UInt8
+from jaxtyping import Float32, Int, UInt8
 import numpy as np
 
 from dualformer_jax import errors
@@ -85,13 +85,28 @@ class ClipLocation:
   """The part of a video that a clip shows.
 
   Attributes:
-    frame_indices: of the clip's frames. Where a short video is looped, they
-      continue past its last frame.
-    box: top, left, height and width of the crop, as fractions of the frame.
+    indices: of the clip's frames.
+    interval: distance of the frames; None with uniform sampling.
+    pixels: the crop.
+    frame_size: height and width of the frame.
   """
 
-  frame_indices: Int[np.ndarray, ' t']
-  box: tuple[float, float, float, float]
+  indices: Int[np.ndarray, ' t']
+  interval: int | None
+  pixels: Box
+  frame_size: tuple[int, int]
+
+  @property
+  def frame_indices(self) -> Int[np.ndarray, ' t']:
+    """Indices that continue past the last frame of a video that is looped."""
+    if self.interval is None:
+      return self.indices
+    return self.indices[0] + np.arange(len(self.indices)) * self.interval
+
+  @property
+  def box(self) -> Float32[np.ndarray, 4]:
+    """Top, left, height and width of the crop, as fractions of the frame."""
+    return np.divide(self.pixels, self.frame_size * 2).astype(np.float32)
 
 
 def eval_views(
@@ -199,14 +214,11 @@ def train_clips(
         parts = boxes = draw_boxes(frame_size)
       for clip, time in places[index]:
         _resize_part_to(out[clip, time], picture, parts[clip])
-  locations = []
-  for clip_indices, box in zip(indices, boxes, strict=True):
-    if p.sampling == 'dense':  # Undoes looping.
-      offsets = np.arange(p.num_frames) * p.frame_interval
-      clip_indices = clip_indices[0] + offsets
-    fractions = np.divide(box, frame_size * 2)
-    locations.append(ClipLocation(clip_indices, tuple(fractions.tolist())))
-  return out, locations
+  interval = p.frame_interval if p.sampling == 'dense' else None
+  return out, [
+    ClipLocation(clip_indices, interval, box, frame_size)
+    for clip_indices, box in zip(indices, boxes, strict=True)
+  ]
 
 
 def train_frame_indices(

@@ -14,7 +14,6 @@ processes is of wall time, and needs an idle machine.
 
 from collections.abc import Callable
 import json
-import operator
 import os
 import pathlib
 import platform
@@ -23,32 +22,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import SupportsIndex
 
 from absl import flags
 import cv2
+from many_videos import ManyVideos
 import numpy as np
 from tqdm import auto as tqdm
 
 from dualformer_jax import command_line
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import frame_sampling, loader, transforms
-from dualformer_jax.input_pipeline.dataset import Example, PreparedDataset
+from dualformer_jax.input_pipeline.dataset import PreparedDataset
 
 FLAGS = flags.FLAGS
 PREPROCESSING = transforms.Preprocessing(
   num_frames=32, frame_interval=2, image_size=224
 )
-
-
-class ManyVideos(PreparedDataset):
-  """A dataset as if it had 240,000 videos: shuffling a few takes longer."""
-
-  def __len__(self) -> int:
-    return 240_000
-
-  def __getitem__(self, index: SupportsIndex) -> Example:
-    return super().__getitem__(operator.index(index) % super().__len__())
 
 
 def define_flags() -> None:
