@@ -68,7 +68,7 @@ def get_config() -> config_dict.ConfigDict:
         # Processes that read training clips instead of these threads, of which
         # Python runs only one at a time for a fifth of their work. 0: none; -1:
         # as many as threads, on a host of 8 or more cores.
-        'num_processes': -1,
+        'reader_processes': -1,
         'prefetch': 2,  # batches
       },
       # More augmentation of training clips; 0 is off.

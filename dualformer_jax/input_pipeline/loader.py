@@ -151,6 +151,17 @@ class TrainLoader(Iterator[Batch]):
     self._failed = set[str]()  # names of videos that cannot be read
 
   def __next__(self) -> Batch:
+    try:
+      return self._next_batch()
+    except BrokenProcessPool as error:
+      self.close()
+      raise errors.UserError(
+        'a process that reads videos was killed: the host may be short of'
+        ' memory, then set a lower dataset.reader_processes; or a video crashes'
+        ' the decoder. What it printed before is above'
+      ) from error
+
+  def _next_batch(self) -> Batch:
     size = self._host_batch.global_size
     if self._pool is None:
       self._pool = self._start_pool()
@@ -160,7 +171,7 @@ class TrainLoader(Iterator[Batch]):
     clips, videos = self._pending.popleft()
     rows: list[Row] = []
     for video in videos:
-      rows_of_video, failures = self._result(video)
+      rows_of_video, failures = video.result()
       rows += rows_of_video
       self._log_failures(failures)
     self._position += size
@@ -192,16 +203,6 @@ class TrainLoader(Iterator[Batch]):
         video = pool.submit(self._stream.read, position, out)
       videos.append(video)
     return clips, videos
-
-  def _result(self, video: _Video) -> tuple[list[Row], list[Failure]]:
-    try:
-      return video.result()
-    except BrokenProcessPool as error:
-      raise errors.UserError(
-        'a process that reads videos was killed: the host may be short of'
-        ' memory, then set a lower dataset.num_processes; or a video crashes'
-        ' the decoder. What it printed before is above'
-      ) from error
 
   def _log_failures(self, failures: list[Failure]) -> None:
     for name, reason in failures:

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from concurrent import futures
 import multiprocessing
-from multiprocessing.process import BaseProcess
+from multiprocessing.context import SpawnContext, SpawnProcess
 import os
 import signal
 import sys
@@ -31,29 +31,26 @@ class ProcessPool(futures.ProcessPoolExecutor):
       initializer: called in each of them.
       initargs: its arguments.
     """
-    self._children: list[BaseProcess] = []
-    self._num_processes = num_processes
+    self._context = _Context()
     # If a signal ends this process, another one frees its semaphores. Options
     # of warnings are passed on to that process, which would print a warning.
     sys.warnoptions.append('ignore:resource_tracker')
     try:
       super().__init__(
-        num_processes,
-        # A forked process could inherit locks held by other threads.
-        multiprocessing.get_context('spawn'),
-        _initialize,
-        (initializer, initargs),
+        num_processes, self._context, _initialize, (initializer, initargs)
       )
     finally:
       sys.warnoptions.pop()
 
-  def submit(  # pyright: ignore[reportIncompatibleMethodOverride]
-    self, function: Callable[..., Any], /, *args: Any
-  ) -> futures.Future[Any]:
-    """Submits a call, which may start a process."""
-    if len(self._children) == self._num_processes:
-      return super().submit(function, *args)
-    before = multiprocessing.active_children()
+  def kill(self) -> None:
+    """Ends the processes, whatever they do."""
+    for child in self._context.children:
+      child.kill()
+    self.shutdown(cancel_futures=True)
+
+
+class _Process(SpawnProcess):
+  def start(self) -> None:
     main = sys.modules['__main__'].__dict__
     hidden = {n: main.pop(n) for n in ('__file__', '__spec__') if n in main}
     main['__spec__'] = None
@@ -61,18 +58,28 @@ class ProcessPool(futures.ProcessPoolExecutor):
     signals = [signal.SIGINT, signal.SIGTERM]
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
-      return super().submit(function, *args)
+      super().start()
     finally:
       main.update(hidden)
       signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-      started = multiprocessing.active_children()
-      self._children += [child for child in started if child not in before]
 
-  def kill(self) -> None:
-    """Ends the processes, whatever they do."""
-    for child in self._children:
-      child.kill()
-    self.shutdown(cancel_futures=True)
+  def terminate(self) -> None:
+    self.kill()  # as it ignores SIGTERM
+
+
+class _Context(SpawnContext):
+  # A forked process could inherit locks held by other threads.
+
+  def __init__(self):
+    super().__init__()
+    self.children: list[_Process] = []
+
+  def Process(  # noqa: N802  # pyright: ignore[reportIncompatibleVariableOverride]
+    self, *args: Any, **kwargs: Any
+  ) -> _Process:
+    child = _Process(*args, **kwargs)
+    self.children.append(child)
+    return child
 
 
 def _initialize(

@@ -60,7 +60,7 @@ _RANGES: dict[str, _Range] = {
     lambda values: _numbers(values) and all(v > 0 for v in values),
   ),
   'dataset.num_threads': _at_least(1),
-  'dataset.num_processes': _at_least(-1),
+  'dataset.reader_processes': _at_least(-1),
   'dataset.prefetch': _at_least(1),
   'augment.color_jitter': _up_to(1),
   'augment.rand_augment_ops': _up_to(100),

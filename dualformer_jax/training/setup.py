@@ -344,7 +344,7 @@ def make_train_loader(
     config.batch_size,
     sharding.local_batch_indices(training.mesh, config.batch_size),
   )
-  num_processes = dataset.num_processes
+  num_processes = dataset.reader_processes
   if num_processes < 0:
     is_large = len(os.sched_getaffinity(0)) >= _CORES_FOR_PROCESSES
     num_processes = dataset.num_threads if is_large else 0

@@ -173,14 +173,15 @@ def test_processes_do_not_change_the_stream(make_loader, logged_warnings):
 
 @pytest.mark.slow
 def test_killed_process_ends_the_run_and_signals_do_not(make_loader):
-  iterator = make_loader(num_processes=1)
+  iterator = make_loader(num_processes=2)
   take(iterator, 2)
-  (reader,) = multiprocessing.active_children()
-  assert reader.pid is not None
-  for number in (signal.SIGINT, signal.SIGTERM):
-    os.kill(reader.pid, number)
+  readers = multiprocessing.active_children()
+  for reader in readers:
+    for number in (signal.SIGINT, signal.SIGTERM):
+      assert reader.pid is not None
+      os.kill(reader.pid, number)
   take(iterator, 8)
-  reader.kill()
+  readers[0].kill()
   with pytest.raises(errors.UserError, match='process that reads videos was'):
     take(iterator, 8)
   iterator.close()

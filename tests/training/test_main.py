@@ -123,7 +123,11 @@ def test_training_from_a_failing_object_store_changes_nothing(
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
   faults = object_stores.Faults(latency=0.01, share=0.03)
   with uploaded(monkeypatch, 's3', motion_dataset, faults) as url:
-    done = train(*FLAGS, f'--config.dataset.data_dir={url}')
+    done = train(
+      *FLAGS,
+      f'--config.dataset.data_dir={url}',
+      '--config.dataset.reader_processes=2',
+    )
   assert done.returncode == 0, done.stderr
   assert faults.failed >= 5  # of several hundred requests
   expected, found = (

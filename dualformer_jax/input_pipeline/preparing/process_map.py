@@ -44,7 +44,7 @@ def map_in_processes(
       try:
         future = pool.submit(function, item)
       except BrokenProcessPool:
-        pool.shutdown()
+        pool.kill()
         pool = ProcessPool(num_processes)
         future = pool.submit(function, item)
       pending.append((item, future))
