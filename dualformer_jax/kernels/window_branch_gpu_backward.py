@@ -67,7 +67,8 @@ def backward(
   def body(
     x, dout, attended, log_sums, scale, kernels, sums, biases, dx, *refs
   ):
-    dkernels, dq_bias, dout_bias, dnormed, tiles, vectors, barriers = refs
+    dkernels, dq_bias, dout_bias, dqueries, dnormed, *refs = refs
+    tiles, vectors, barriers = refs
     kernel_tiles, padded_tile, stage, *head_tiles = tiles
     q_tile, k_tile, v_tile, do_tile = head_tiles
     means, inverses, minus_log_sums, minus_deltas = vectors
@@ -160,17 +161,14 @@ def backward(
       plgpu.commit_smem()
       following, has_following = sizes.following(tile)
 
-      @pl.when(has_following)
-      def _():
-        copy(x, window, following)
-        copy_attended(window, head, following)
-
+      # After the last tile, `of_tokens` needs the first one again.
+      copy(x, window, jnp.where(has_following, following, mine))
+      pl.when(has_following)(lambda: copy_attended(window, head, following))
       return dkernel, dbias
 
-    def of_queries(window, head, tile, dkernel, dbias):
-      """Adds the gradients of a tile of queries."""
+    def of_queries(tile, dbias):
+      """Stores the gradient of a tile of queries."""
       rows = pl.ds(tile * ROWS, ROWS)
-      copy(x, window, tile)
       dq = hopper.zeros((ROWS, HEAD))
       for block in sizes.blocks(_MAX_BLOCK):
         size = ROWS, block.size
@@ -187,14 +185,16 @@ def backward(
         dscores = (jnp.exp2(scores) * centered).astype(q_tile.dtype)
         dq = hopper.add_product(dq, dscores, k_tile.at[block])
       dq *= math.log(2)
+      plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+      plgpu.commit_smem()
       stage[...] = dq.astype(stage.dtype)
-      (dkernel,) = of_tokens(tile, {_QUERY: (stage, dkernel)}, head == 0)
-      return dkernel, dbias + dq
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(stage, dqueries.at[program, rows])
+      return (dbias + dq,)
 
-    def of_keys(window, head, tile, *dkernels):
-      """Adds the gradients of a tile of keys and values."""
+    def of_keys(tile):
+      """Stores the gradients of a tile of keys and values in their place."""
       rows = pl.ds(tile * ROWS, ROWS)
-      copy(x, window, tile)
       dk = dv = hopper.zeros((ROWS, HEAD))
       for block in sizes.blocks(_MAX_BLOCK):
         size = ROWS, block.size
@@ -214,21 +214,16 @@ def backward(
         )
         dscores = (weights * centered).astype(k_tile.dtype)
         dk = hopper.add_product(dk, dscores, q_tile.at[block])
-      # No other tile needs these keys and values any more.
-      gradients = {}
-      for index, dkernel, y in zip(
-        (_KEY, _VALUE), dkernels, (dk * math.log(2), dv), strict=True
-      ):
-        is_token = hopper.iota(y.shape, 0) < n - tile * ROWS
-        target = head_tiles[index].at[rows]
-        target[...] = jnp.where(is_token, y, 0.0).astype(target.dtype)
-        gradients[index] = target, dkernel
-      dkernels = of_tokens(tile, gradients, False)
-      pl.when(head == sizes.heads - 1)(lambda: finish(window, tile))
-      return dkernels
+      is_token = hopper.iota(dk.shape, 0) < n - tile * ROWS
+      for target, y in (k_tile, dk * math.log(2)), (v_tile, dv):
+        target[rows] = jnp.where(is_token, y, 0.0).astype(target.dtype)
 
-    def of_tokens(tile, gradients, is_new):
-      """Adds gradients of normalized tokens; returns those of kernels."""
+    def copy_dqueries(tile):
+      source = dqueries.at[program, pl.ds(tile * ROWS, ROWS)]
+      plgpu.copy_gmem_to_smem(source, stage, attended_arrived)
+
+    def of_tokens(window, head, tile, *dkernels):
+      """Adds gradients of a tile of tokens; returns those of the kernels."""
       rows = pl.ds(tile * ROWS, ROWS)
       plgpu.barrier_wait(arrived)
       mean = hopper.load(means.at[rows], hopper.ROW)
@@ -237,48 +232,58 @@ def backward(
         y = hopper.normalized(token_tile, chunk, mean, inverse)
         token_tile[:, chunk] = y.astype(token_tile.dtype)
       plgpu.commit_smem()
+      plgpu.barrier_wait(attended_arrived)
+      gradients = stage, k_tile.at[rows], v_tile.at[rows]
+      tokens = padded_tile.transpose((1, 0))
+      dkernels = tuple(
+        hopper.add_product(dkernel, tokens, gradient)
+        for dkernel, gradient in zip(dkernels, gradients, strict=True)
+      )
+      totals = []
       for chunk in hopper.chunks(channels):
         part = pl.ds(chunk.start, chunk.stop - chunk.start)
-        ref = dnormed.at[program, rows, part]
-        total = load_total(ref, is_new)
-        for index, (gradient, _) in gradients.items():
-          kernel = kernel_tiles[index].at[part]
-          total = hopper.add_product(total, gradient, kernel.transpose((1, 0)))
-        ref[...] = total
-      tokens = padded_tile.transpose((1, 0))
-      totals = tuple(
-        hopper.add_product(total, tokens, gradient)
-        for gradient, total in gradients.values()
+        total = load_total(dnormed.at[program, rows, part], head == 0)
+        for kernel, gradient in zip(kernel_tiles[:3], gradients, strict=True):
+          kernel = kernel.at[part].transpose((1, 0))
+          total = hopper.add_product(total, gradient, kernel)
+        totals.append((chunk, total))
+
+      @pl.when(head < sizes.heads - 1)
+      def _():
+        for chunk, total in totals:
+          dnormed[program, rows, chunk] = total
+
+      pl.when(head == sizes.heads - 1)(
+        lambda: finish(window, tile, totals, inverse)
       )
       plgpu.commit_smem()
-      return totals
+      following, has_following = sizes.following(tile)
 
-    def finish(window, tile):
-      """Stores the gradient of a tile of x."""
-      rows = pl.ds(tile * ROWS, ROWS)
-      inverse = hopper.load(inverses.at[rows], hopper.ROW)
+      @pl.when(has_following)
+      def _():
+        copy(x, window, following)
+        copy_dqueries(following)
+
+      return dkernels
+
+    def finish(window, tile, totals, inverse):
+      """Stores the gradient of a tile of x, from that of normalized tokens."""
       mean = product = hopper.zeros((ROWS,), hopper.ROW)
-      totals = [
-        (chunk, dnormed.at[program, rows, chunk])
-        for chunk in hopper.chunks(channels)
-      ]
-      for chunk, ref in totals:
-        y = hopper.load(ref, optimized=False)
-        mean += y.sum(1)
-        product += (y * hopper.load(token_tile.at[:, chunk])).sum(1)
+      for chunk, total in totals:
+        mean += total.sum(1)
+        product += (total * hopper.load(token_tile.at[:, chunk])).sum(1)
       mean *= 1 / channels
       product *= 1 / channels
-      for chunk, ref in totals:
-        y = hopper.load(ref, optimized=False)
-        y -= hopper.by_row(mean, y.shape)
+      gradients = []
+      for chunk, total in totals:
+        y = total - hopper.by_row(mean, total.shape)
         normalized = hopper.load(token_tile.at[:, chunk])
         y -= normalized * hopper.by_row(product, y.shape)
-        ref[...] = y * hopper.by_row(inverse, y.shape)
+        gradients.append((chunk, y * hopper.by_row(inverse, y.shape)))
       plgpu.commit_smem()
       copy(dout, window, tile)
       plgpu.barrier_wait(arrived)
-      for chunk, ref in totals:
-        y = hopper.load(ref, optimized=False)
+      for chunk, y in gradients:
         y += hopper.load(token_tile.at[:, chunk])
         token_tile[:, chunk] = y.astype(token_tile.dtype)
       plgpu.commit_smem()
@@ -290,7 +295,6 @@ def backward(
           plgpu.copy_smem_to_gmem(source, target)
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      plgpu.commit_smem()
 
     def run_head(window, is_first_window, head):
       factor = scale[jax.lax.div(window, jnp.int32(sizes.windows_of_clip))]
@@ -304,27 +308,29 @@ def backward(
       copy(x, window, mine)
       copy_attended(window, head, mine)
       plgpu.barrier_wait(kernels_arrived)
-      zeros = hopper.zeros((padded, HEAD)), hopper.zeros((ROWS, HEAD))
+      matrix, square = hopper.zeros((padded, HEAD)), hopper.zeros((ROWS, HEAD))
       here = dkernels.at[program, head]
 
       dkernel, dbias = sizes.for_tiles(
-        lambda *args: recompute(window, head, factor, *args), *zeros
+        lambda *args: recompute(window, head, factor, *args), matrix, square
       )
-      sums = dout_bias.at[program, pl.ds(head * HEAD, HEAD)]
+      bias = dout_bias.at[program, pl.ds(head * HEAD, HEAD)]
       dkernel, dbias = dkernel * factor, dbias * factor
-      add([(here.at[_OUTPUT], dkernel)], sums, dbias, is_first_window)
+      add([(here.at[_OUTPUT], dkernel)], bias, dbias, is_first_window)
 
-      dkernel, dbias = sizes.for_tiles(
-        lambda *args: of_queries(window, head, *args), *zeros
-      )
-      sums = dq_bias.at[program, head]
-      add([(here.at[_QUERY], dkernel)], sums, dbias, is_first_window)
+      (dbias,) = sizes.for_tiles(of_queries, square)
+      add([], dq_bias.at[program, head], dbias, is_first_window)
 
-      of_both = sizes.for_tiles(
-        lambda *args: of_keys(window, head, *args), *[zeros[0]] * 2
+      sizes.for_tiles(of_keys)
+      plgpu.wait_smem_to_gmem(0)
+      plgpu.commit_smem()
+      copy_dqueries(mine)
+      of_all = sizes.for_tiles(
+        lambda *args: of_tokens(window, head, *args), *[matrix] * 3
       )
-      of_both = zip((here.at[_KEY], here.at[_VALUE]), of_both, strict=True)
-      add(list(of_both), None, None, is_first_window)
+      refs = [here.at[index] for index in (_QUERY, _KEY, _VALUE)]
+      pairs = list(zip(refs, of_all, strict=True))
+      add(pairs, None, None, is_first_window)
 
     def run_window(index, _):
       window = program * (sizes.windows // programs) + index
@@ -343,7 +349,7 @@ def backward(
   def struct(*shape):
     return jax.ShapeDtypeStruct((programs, *shape), jnp.float32)
 
-  dx, dkernels, *dbiases, _ = hopper.kernel(
+  dx, dkernels, *dbiases, _, _ = hopper.kernel(
     body,
     'window_branch_gradient',
     out_type=(
@@ -351,6 +357,7 @@ def backward(
       struct(heads, 4, padded, HEAD),
       struct(heads, HEAD),
       struct(channels),
+      jax.ShapeDtypeStruct((programs, rows, HEAD), x.dtype),
       struct(rows, channels),
     ),
     scratch=(
