@@ -27,6 +27,9 @@ from dualformer_jax.kernels.window_branch_gpu_tiles import HEAD, ROWS, Sizes
 # What fits into shared memory.
 _CHANNELS = 64, 96, 128, 192
 _MAX_TOKENS = 448
+# Programs for most of the 132 multiprocessors. With fewer, separate operations
+# divide the work better.
+_MIN_WINDOWS = 128
 
 
 def fits(
@@ -41,14 +44,15 @@ def fits(
     head: channels of a head.
     window: frames, rows and columns of a window, or None.
   """
+  if window is None or window[0] != windows_gpu.FRAMES:
+    return False
+  tokens = math.prod(window)
   return (
-    batch > 0
-    and channels in _CHANNELS
+    channels in _CHANNELS
     and head == HEAD
-    and window is not None
-    and window[0] == windows_gpu.FRAMES
-    and ROWS <= math.prod(window) <= _MAX_TOKENS
+    and ROWS <= tokens <= _MAX_TOKENS
     and all(g % w == 0 for g, w in zip(grid, window, strict=True))
+    and batch * math.prod(grid) >= _MIN_WINDOWS * tokens
   )
 
 

@@ -6,8 +6,9 @@ tokens, the weights of attention: first those of its queries, then those of its
 keys. Computing them twice takes fewer registers and less shared memory than
 passing them between warpgroups.
 
-Gradients of normalized tokens are summed over heads, and gradients of weights
-over heads and windows, in memory of each program, which stays in the L2 cache.
+Gradients of normalized tokens are summed over heads, and those of weights over
+windows, in memory of each program: 0.2 MB for 64 channels, which the L2 cache
+holds for all programs, and 1.0 MB for 192.
 """
 
 import functools
@@ -186,7 +187,6 @@ def backward(
         dq = hopper.add_product(dq, dscores, k_tile.at[block])
       dq *= math.log(2)
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      plgpu.commit_smem()
       stage[...] = dq.astype(stage.dtype)
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(stage, dqueries.at[program, rows])
@@ -290,8 +290,9 @@ def backward(
 
       @sizes.tokens_of(tile)
       def _(size):
-        copies = list(sizes.copies(window, tile, dx, token_tile))
-        for target, source in copies[: size // windows_gpu.FRAMES]:
+        count = size // windows_gpu.FRAMES
+        copies = sizes.copies(window, tile, dx, token_tile, count=count)
+        for target, source in copies:
           plgpu.copy_smem_to_gmem(source, target)
 
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)

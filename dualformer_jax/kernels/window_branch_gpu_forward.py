@@ -177,9 +177,10 @@ def forward(sizes: Sizes, x, scale, kernels, sums, biases, proj, proj_bias):
 
       @sizes.tokens_of(tile)
       def _(size):
+        count = size // windows_gpu.FRAMES
         for part, free in parts:
-          copies = list(sizes.copies(window, tile, out, free, part))
-          for target, source in copies[: size // windows_gpu.FRAMES]:
+          copies = sizes.copies(window, tile, out, free, part, count)
+          for target, source in copies:
             plgpu.copy_smem_to_gmem(source, target)
 
     copy_x(mine)

@@ -112,7 +112,7 @@ class Sizes:
     for start in range(0, end, most):
       yield pl.ds(start, min(most, end - start))
 
-  def copies(self, window, tile, ref, target, columns=None):
+  def copies(self, window, tile, ref, target, columns=None, count=POSITIONS):
     """Pairs blocks of the grid with those of a tile; padding repeats tokens.
 
     Args:
@@ -121,11 +121,12 @@ class Sizes:
       ref: the grid, as `windows_gpu.by_frames` returns it.
       target: a tile in shared memory.
       columns: channels of the grid to copy, or None for all.
+      count: number of blocks, of 8 tokens each.
     """
     find = windows_gpu.positions((None, *self.grid, None), self.window[1:])
     positions = self.tokens // windows_gpu.FRAMES
     columns = pl.ds(0, self.channels) if columns is None else columns
-    for i in range(POSITIONS):
+    for i in range(count):
       index = jnp.minimum(tile * POSITIONS + i, positions - 1)
       group, position = find(window * positions + index)
       rows = pl.ds(windows_gpu.FRAMES * i, windows_gpu.FRAMES)

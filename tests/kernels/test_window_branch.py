@@ -94,7 +94,8 @@ def check(batch, grid, channels, window, programs=132):
 
   with interpreted_gpu.interpreted('window_branch_gpu') as module:
     backward = importlib.import_module(module.backward.__module__)
-    assert module.fits(batch, grid, channels, HEAD, window)
+    with mock.patch.object(module, '_MIN_WINDOWS', 1):
+      assert module.fits(batch, grid, channels, HEAD, window)
     with mock.patch.object(backward, '_PROGRAMS', programs):
       actual = run(x, dout, weights)
   operands = x, dout, scale, *weights
@@ -139,7 +140,8 @@ def test_unsupported_sizes_are_rejected():
   module = importlib.import_module('dualformer_jax.kernels.window_branch_gpu')
   grid, window = (16, 56, 56), (8, 7, 7)
   assert module.fits(8, grid, 64, 32, window)
-  assert module.fits(1, (16, 28, 28), 128, 32, window)
+  assert module.fits(4, (16, 28, 28), 128, 32, window)
+  assert not module.fits(3, (16, 28, 28), 128, 32, window)  # few windows
   assert not module.fits(0, grid, 64, 32, window)  # devices share clips
   assert not module.fits(8, grid, 64, 32, None)
   assert not module.fits(8, grid, 64, 64, window)
