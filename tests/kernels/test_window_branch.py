@@ -121,7 +121,7 @@ needs_interpreter = pytest.mark.skipif(
 @pytest.mark.parametrize(
   ('batch', 'grid', 'channels', 'window', 'programs'),
   [
-    # The last clip is dropped. Programs have three windows each.
+    # Drop path is zero for the second clip. Programs have three windows each.
     (3, (8, 6, 3), 64, (8, 3, 3), 2),
     (1, (16, 2, 4), 96, (8, 2, 4), 132),
   ],
