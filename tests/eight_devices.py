@@ -38,6 +38,7 @@ from tests.kernels import (
   test_branches_tpu,
   test_mlp,
   test_projections,
+  test_window_branch,
 )
 from tests.training import test_augment
 
@@ -106,6 +107,13 @@ def sharded_projections() -> None:
       ]
     )
   )
+
+
+def sharded_window_branch() -> None:
+  """Prints errors of blocks with a fused branch whose clips are sharded."""
+  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+  mesh = sharding.make_mesh(axes, 8)
+  print(json.dumps(test_window_branch.block_errors(mesh)))
 
 
 def save_and_restore_elsewhere(folder: str) -> None:

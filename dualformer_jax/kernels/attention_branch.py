@@ -12,6 +12,7 @@ from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
   clips_per_device,
+  hopper_kernels,
   no_kernel,
   run_per_device,
 )
@@ -44,11 +45,11 @@ def find_branch(
       keys, or None.
     num_keys: keys of a clip without windows.
   """
-  find = compute.choose(no_kernel, tpu=_find_pallas)
+  find = compute.choose(no_kernel, gpu=_find_gpu, tpu=_find_tpu)
   return find(shape, num_heads, compute, window, num_keys)
 
 
-def _find_pallas(
+def _find_tpu(
   shape: Sequence[int],
   num_heads: int,
   compute: Compute,
@@ -89,5 +90,45 @@ def _find_pallas(
         (x.astype(compute.dtype), branch_scale, tuple(keys)),
         ((*norm, *biases), matrices),
       )
+
+  return branch
+
+
+def _find_gpu(
+  shape: Sequence[int],
+  num_heads: int,
+  compute: Compute,
+  window: Size | None,
+  num_keys: int,
+) -> Branch | None:
+  """The kernel of window_branch_gpu, on each device for its clips."""
+  module = hopper_kernels('window_branch_gpu', compute)
+  batch, *grid, channels = shape
+  if module is None or not module.fits(
+    clips_per_device(batch),
+    tuple(grid),
+    channels,
+    channels // num_heads,
+    window,
+  ):
+    return None
+
+  def branch(
+    x: Float[Array, 'b d h w c'],
+    branch_scale: Float[Array, 'b'] | None,
+    norm: Weights,
+    projections: Sequence[Weights],
+    proj: Weights,
+    keys: Sequence[Float[Array, 'b m c']] = (),
+  ) -> Float[Array, 'b d h w c']:
+    if branch_scale is None:
+      branch_scale = jnp.ones(batch)
+
+    def run(*operands):
+      return module.window_branch(window, *operands)
+
+    with jax.named_scope('attn'):
+      operands = x.astype(compute.dtype), branch_scale.astype(jnp.float32)
+      return run_per_device(run, operands, (norm, tuple(projections), proj))
 
   return branch

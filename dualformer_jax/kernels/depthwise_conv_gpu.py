@@ -75,18 +75,13 @@ def _choose_tile(
   batch: int, frames: int, rows: int, columns: int, channels: int
 ) -> _Tile:
   tile_channels = 64 if channels % 64 == 0 else 32
-  tile_rows = _largest_divisor(rows, _SIDE)
-  tile_columns = _largest_divisor(columns, _SIDE)
+  tile_rows = hopper.largest_divisor(rows, _SIDE)
+  tile_columns = hopper.largest_divisor(columns, _SIDE)
   tiles = batch * channels * rows * columns
   tiles //= tile_channels * tile_rows * tile_columns
   # Each program also reads the two frames around its own.
-  splits = _largest_divisor(frames, max(1, _PROGRAMS // tiles))
+  splits = hopper.largest_divisor(frames, _PROGRAMS // tiles)
   return _Tile(frames // splits, tile_rows, tile_columns, tile_channels)
-
-
-def _largest_divisor(number: int, most: int) -> int:
-  """Returns the largest divisor of `number` that is at most `most`."""
-  return next(n for n in range(most, 0, -1) if number % n == 0)
 
 
 @jax.custom_vjp

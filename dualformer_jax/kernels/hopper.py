@@ -43,13 +43,19 @@ def _transforms(width):
   return tiling, transforms.SwizzleTransform(2 * width)
 
 
-def tile(rows, channels, width=64):
+def largest_divisor(number: int, most: int) -> int:
+  """Returns the largest divisor of `number` that is at most `most`, or 1."""
+  return next(n for n in range(max(1, most), 0, -1) if number % n == 0)
+
+
+def tile(rows, channels, width=64, count=None):
   """Returns an operand of tensor cores in shared memory, bfloat16.
 
   Both operands of a product need the same `width`, which divides their columns
-  and the number of products that are summed: 16, 32 or 64.
+  and the number of products that are summed: 16, 32 or 64. With `count`, there
+  are so many of them.
   """
-  shape = rows, channels
+  shape = (rows, channels) if count is None else (count, rows, channels)
   transforms = _transforms(math.gcd(width, channels))
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
@@ -70,7 +76,7 @@ def vector_spec(size):
   return plgpu.BlockSpec((size,), lambda i: (i,))
 
 
-def product(a, b):
+def product(a, b) -> Any:
   """Returns a @ b in float32."""
 
   def run(acc):
@@ -81,14 +87,14 @@ def product(a, b):
   return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def add_product(total, a, b):
+def add_product(total, a, b) -> Any:
   """Returns total + a @ b in float32."""
   return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(
     plgpu.WGMMAAccumulatorRef.init(total)
   )
 
 
-def zeros(shape, layout: Any = plgpu.Layout.WGMMA):
+def zeros(shape, layout: Any = plgpu.Layout.WGMMA) -> Any:
   """Returns zeros in registers, float32."""
   return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), layout)
 
@@ -107,6 +113,11 @@ def load_by_row(ref, shape):
 def load_by_column(ref, shape):
   """Loads a vector [n] and broadcasts it to a matrix [m, n]."""
   return by_column(load(ref, COLUMN, optimized=False), shape)
+
+
+def iota(shape, axis, layout: Any = plgpu.Layout.WGMMA):
+  """Returns the index of each element along an axis."""
+  return plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=layout)
 
 
 def chunks(channels):

@@ -35,7 +35,7 @@ def weight_gradients(x, dout, scale, mean, inverse, kernel, sums, bias, w2):
   (tokens, channels), hidden = x.shape, len(w2)
   rows, width = TILINGS[channels]
   parts, blocks = channels // width, hidden // BLOCK
-  splits = _splits(tokens // rows, _PROGRAMS // (blocks * parts))
+  splits = hopper.largest_divisor(tokens // rows, _PROGRAMS // (blocks * parts))
   share = tokens // splits
   tile = (BLOCK, rows)
 
@@ -114,8 +114,3 @@ def weight_gradients(x, dout, scale, mean, inverse, kernel, sums, bias, w2):
     transcendentals=2 * parts * tokens * hidden,
   )(x, dout, scale, mean, inverse, kernel, sums, bias, w2)
   return [output.sum(0) for output in outputs]
-
-
-def _splits(steps: int, most: int) -> int:
-  """Returns the largest divisor of `steps` that is at most `most`."""
-  return next(n for n in range(max(1, most), 0, -1) if steps % n == 0)

@@ -6,6 +6,7 @@ import einops
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
 
 from dualformer_jax.kernels.dispatch import Size
 
@@ -40,7 +41,7 @@ def copied_grid(x, window):
   The function pairs blocks of a reference to the former with those of a tile in
   shared memory that has the tokens of a program.
   """
-  batch, frames, height, width, channels = x.shape
+  channels = x.shape[-1]
   rows = ROWS[channels]
   if window is None:
 
@@ -49,14 +50,7 @@ def copied_grid(x, window):
 
     return x.reshape(-1, channels), whole
 
-  def find(n):
-    """Returns the frames and the position of the nth 8 tokens of windows."""
-    sizes = width // window[1], window[0], window[1]
-    n, column = n // sizes[2], n % sizes[2]
-    n, row = n // sizes[1], n % sizes[1]
-    n, k = n // sizes[0], n % sizes[0]
-    n, j = n // (height // window[0]), n % (height // window[0])
-    return n, (j * window[0] + row) * width + k * window[1] + column
+  find = positions(x.shape, window)
 
   def by_position(ref, tile):
     first = jax.lax.axis_index('rows') * (rows // FRAMES)
@@ -64,8 +58,34 @@ def copied_grid(x, window):
       group, position = find(first + i)
       yield ref.at[group, :, position], tile.at[pl.ds(FRAMES * i, FRAMES)]
 
-  groups = batch * frames // FRAMES
-  return x.reshape(groups, FRAMES, height * width, channels), by_position
+  return by_frames(x), by_position
+
+
+def by_frames(x):
+  """Returns x [n, frames of a window, rows x columns, c]."""
+  _, _, height, width, channels = x.shape
+  return x.reshape(-1, FRAMES, height * width, channels)
+
+
+def positions(shape, window):
+  """Returns a function that locates the nth 8 tokens of windows.
+
+  It returns their indices in the first and third axes of `by_frames`.
+  """
+  _, _, height, width, _ = shape
+
+  def split(n, size):
+    # Numbers are not negative, so that nothing needs to be rounded down.
+    return jax.lax.div(n, jnp.int32(size)), jax.lax.rem(n, jnp.int32(size))
+
+  def find(n):
+    n, column = split(n, window[1])
+    n, row = split(n, window[0])
+    n, k = split(n, width // window[1])
+    n, j = split(n, height // window[0])
+    return n, (j * window[0] + row) * width + k * window[1] + column
+
+  return find
 
 
 def to_grid(y, window, shape):

@@ -1,8 +1,9 @@
 """Kernels for Hopper GPUs on a CPU, in JAX's interpreter.
 
-`python -m tests.kernels.interpreted_gpu CHANNELS ...` checks the MLP branch.
-Kernels of several warpgroups need their own process: the interpreter blocks a
-thread of XLA for each, and XLA starts one for each core unless NPROC is set.
+`python -m tests.kernels.interpreted_gpu mlp CHANNELS ...` checks the MLP
+branch, and `windows CHANNELS ...` the attention branch of windows. Kernels of
+several warpgroups need their own process: the interpreter blocks a thread of
+XLA for each, and XLA starts one for each core unless NPROC is set.
 """
 
 from collections.abc import Iterator
@@ -66,13 +67,14 @@ def names_of_kernels() -> Iterator[set[str]]:
     yield names
 
 
-def run(*channels: int) -> None:
-  """Checks the MLP branch in another process."""
+def run(name: str, *channels: int) -> None:
+  """Calls a function of this file for some channels in another process."""
   done = subprocess.run(
     [
       sys.executable,
       '-m',
       'tests.kernels.interpreted_gpu',
+      name,
       *map(str, channels),
     ],
     cwd=ROOT,
@@ -83,7 +85,7 @@ def run(*channels: int) -> None:
   assert done.returncode == 0, done.stderr
 
 
-def check(channels: int) -> None:
+def mlp(channels: int) -> None:
   """Asserts that the MLP branch and its gradients agree with float64."""
   from tests.kernels import test_mlp
 
@@ -93,6 +95,15 @@ def check(channels: int) -> None:
     test_mlp.assert_agrees(module.mlp, arguments, dout, 2**-7)
 
 
+def windows(channels: int) -> None:
+  """Asserts that the attention branch of windows agrees with float64."""
+  from tests.kernels import test_window_branch
+
+  # Three tiles for one warpgroup, two for the other, of which one has padding.
+  test_window_branch.check(1, (8, 5, 7), channels, (8, 5, 7))
+
+
 if __name__ == '__main__':
-  for argument in sys.argv[1:]:
-    check(int(argument))
+  function = globals()[sys.argv[1]]
+  for argument in sys.argv[2:]:
+    function(int(argument))

@@ -128,13 +128,13 @@ needs_interpreter = pytest.mark.skipif(
   ],
 )
 def test_gpu_kernels_and_gradients(channels):
-  interpreted_gpu.check(channels)
+  interpreted_gpu.mlp(channels)
 
 
 @needs_interpreter
 @pytest.mark.slow
 def test_gpu_kernels_of_two_warpgroups_and_gradients():
-  interpreted_gpu.run(384, 512)
+  interpreted_gpu.run('mlp', 384, 512)
 
 
 def test_gpu_kernels_reject_unsupported_sizes():

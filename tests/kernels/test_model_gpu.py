@@ -1,5 +1,6 @@
 """A whole model with all kernels for Hopper GPUs, interpreted."""
 
+import importlib
 import math
 from typing import Any
 
@@ -18,7 +19,7 @@ FIELDS: dict[str, Any] = dict(
   num_classes=5,
   num_frames=16,
   image_size=16,
-  window=(8, 2, 2),
+  window=(8, 2, 4),
   fine_sizes=((4, 2, 2),),
   coarse_sizes=((2, 1, 1),),
   drop_path_rate=0.2,
@@ -37,6 +38,8 @@ KERNELS = {
   'positional_conv_gradient',
   'project_add',
   'project_gradient',
+  'window_branch',
+  'window_branch_gradient',
 }
 
 
@@ -75,6 +78,8 @@ def test_model_agrees_with_reference(monkeypatch):
   # Both round to bfloat16, but not the same arrays.
   largest = 2 * error('reference')
   interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
+  module = importlib.import_module('dualformer_jax.kernels.window_branch_gpu')
+  monkeypatch.setattr(module, '_MIN_WINDOWS', 1)
   with (
     interpreted_gpu.interpreted('hopper'),
     interpreted_gpu.names_of_kernels() as names,
