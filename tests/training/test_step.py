@@ -1,6 +1,7 @@
 """Training steps and losses: against the reference and by hand."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import runpy
@@ -87,7 +88,7 @@ def test_three_steps_agree_with_the_published_implementation():
     opt_state=optimizer.init(variables['params']),
   )
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=reference_arrays.OPTIMIZED)
   def train_step(state, batch):
     return step.train_step(
       state,
@@ -164,7 +165,7 @@ def test_three_steps_agree_with_the_published_implementation():
       name,
     )
 
-  output = jax.jit(model.apply)(
+  output = jax.jit(model.apply, compiler_options=reference_arrays.OPTIMIZED)(
     {'params': state.params, 'batch_stats': state.batch_stats},
     reference_arrays.clips(2, 32, 224, seed=1),
   )
