@@ -211,10 +211,10 @@ def test_run_resumes_exactly_with_other_numbers_of_processes(launcher, alone):
   # `tensor` read the same part of a batch.
   mesh = ('--config.mesh.fsdp=2', '--config.mesh.tensor=2')
   run = launcher.start(4, 'resumed', *mesh)
-  run.signal_after_step(6, 2, signal.SIGTERM)
+  run.signal_after_step(5, 2, signal.SIGTERM)
   assert run.wait() == 4 * [128 + signal.SIGTERM], run.log(0)
   (folder,) = checkpoints.iterdir()
-  assert 6 <= int(folder.name) < NUM_STEPS
+  assert 5 <= int(folder.name) < NUM_STEPS
   assert (folder / 'SHA256SUMS').is_file()
   # Only process 0 logs its progress.
   assert not any('loop.py' in run.log(i) for i in (1, 2, 3))
