@@ -159,6 +159,7 @@ def test_each_requirement_has_one_tested_version(python):
   assert 'torch' not in pins
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_the_extras():
   """All modules, in one process: no command defines flags on import."""
   modules = [_module_name(path) for path in PACKAGE.rglob('*.py')]

@@ -193,6 +193,7 @@ def test_remat_and_kernels_change_memory_but_not_gradients():
   assert sizes['none'] > sizes['elementwise'] > sizes['block']
 
 
+@pytest.mark.slow
 def test_drop_path_is_per_sample_and_only_in_training():
   model = DualFormer(**ONE_STAGE, drop_path_rate=0.5, head_dropout=0.0)
   clip = np.random.default_rng(0).standard_normal((1, 16, 64, 64, 3))

@@ -283,6 +283,7 @@ def test_stored_labels_agree_with_the_teacher(
     assert abs(asked - stored) <= 1e-4
 
 
+@pytest.mark.slow
 def test_stored_labels_are_cropped_and_flipped_like_clips():
   # Scores that rise along columns, and from top to bottom for another class.
   grid = np.arange(4.0)
