@@ -110,10 +110,16 @@ class Run:
     while f' step {step}/' not in self.log(0) or (
       sent == signal.SIGKILL and not self.is_saved()
     ):
-      assert time.monotonic() < deadline, self.log(0)
-      assert self._processes[0].poll() is None, self.log(0)
+      if time.monotonic() > deadline or self._processes[0].poll() is not None:
+        self.kill()
+        pytest.fail(f'ended before step {step}: {self.log(0)}')
       time.sleep(0.02)
     self._processes[index].send_signal(sent)
+
+  def kill(self) -> None:
+    for process in self._processes:
+      process.kill()
+      process.wait()
 
   def wait(self, seconds: float = 600) -> list[int]:
     """Returns exit statuses; kills what is still running after `seconds`."""
@@ -124,8 +130,7 @@ class Run:
         for process in self._processes
       ]
     finally:
-      for process in self._processes:
-        process.kill()
+      self.kill()
 
 
 @pytest.fixture(scope='module', name='launcher')
