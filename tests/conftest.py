@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import fcntl
 import gc
 import os
@@ -17,7 +16,6 @@ import pytest
 
 from dualformer_jax import command_line
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
-from tests import tfds_command
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -72,23 +70,32 @@ def clips_dir() -> pathlib.Path:
   )
 
 
-def made_once(
-  tmp_path_factory: pytest.TempPathFactory,
-  worker_id: str,
-  name: str,
-  make: Callable[[pathlib.Path], None],
+@pytest.fixture(scope='session')
+def prepared_datasets(
+  tmp_path_factory: pytest.TempPathFactory, worker_id: str
 ) -> pathlib.Path:
-  """A folder of datasets, made in one of the processes that run tests."""
+  """Datasets that TFDS wrote, to be copied before they are changed.
+
+  FORMAT/NAME with format tfrecord or array_record and names `levels`,
+  `levels_multi` and `flawed`; and motion/motion. See tests/levels_datasets.py.
+  One of the processes that run tests makes them.
+  """
   # pytest-xdist's processes have their folders side by side.
-  folder = tmp_path_factory.getbasetemp()
-  folder = (folder if worker_id == 'master' else folder.parent) / name
-  with open(folder.with_suffix('.lock'), 'wb') as lock:
+  root = tmp_path_factory.getbasetemp()
+  root = root if worker_id == 'master' else root.parent
+  folder, unfinished = root / 'prepared', root / 'unfinished'
+  with open(root / 'prepared.lock', 'wb') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)  # Until the file is closed.
     if not folder.exists():
-      unfinished = folder.with_suffix('.unfinished')
       shutil.rmtree(unfinished, ignore_errors=True)
-      unfinished.mkdir()
-      make(unfinished)
+      # In a process, as TensorFlow takes seconds to import, and warns.
+      subprocess.run(
+        [sys.executable, '-m', 'tests.levels_datasets', unfinished],
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        timeout=300,
+      )
       # An index comes to lie beside the files; not while others copy them.
       for info in unfinished.rglob('dataset_info.json'):
         for split in ('train', 'validation'):
@@ -98,44 +105,12 @@ def made_once(
 
 
 @pytest.fixture(scope='session')
-def prepared_datasets(
-  tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> pathlib.Path:
-  """Datasets that TFDS wrote, to be copied before they are changed.
-
-  FORMAT/NAME with format tfrecord or array_record and names `levels`,
-  `levels_multi` and `flawed`; see tests/levels_datasets.py.
-  """
-
-  def make(folder: pathlib.Path) -> None:
-    # On its own, as TensorFlow takes seconds to import, and warns.
-    subprocess.run(
-      [sys.executable, '-m', 'tests.levels_datasets', folder],
-      cwd=REPOSITORY,
-      check=True,
-      capture_output=True,
-      timeout=300,
-    )
-
-  return made_once(tmp_path_factory, worker_id, 'prepared', make)
-
-
-@pytest.fixture(scope='session')
-def motion_dataset(
-  tmp_path_factory: pytest.TempPathFactory, worker_id: str
-) -> pathlib.Path:
+def motion_dataset(prepared_datasets: pathlib.Path) -> pathlib.Path:
   """The data_dir of a small `motion`: 48 videos in each of its splits.
 
   To be copied before it is changed.
   """
-
-  def make(folder: pathlib.Path) -> None:
-    done = tfds_command.tfds_build(
-      'data/motion', '--max_examples_per_split=48', f'--data_dir={folder}'
-    )
-    assert done.returncode == 0, done.stderr
-
-  return made_once(tmp_path_factory, worker_id, 'motion', make)
+  return prepared_datasets / 'motion'
 
 
 @pytest.fixture(scope='session')

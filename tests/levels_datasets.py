@@ -1,7 +1,7 @@
 """Writes small datasets with TFDS: `python -m tests.levels_datasets FOLDER`.
 
-Each frame of their videos is of one brightness, which tells the video and the
-frame: see `brightness`.
+Each frame of the videos of `levels` is of one brightness, which tells the video
+and the frame: see `brightness`. There is also a small `motion`.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from data.motion import motion_dataset_builder
 from dualformer_jax.input_pipeline import video_writer
 
 CLASSES = ('first', 'second', 'third class')
@@ -104,6 +105,11 @@ def main() -> None:
       ).download_and_prepare(
         download_config=tfds.download.DownloadConfig(num_shards=3)
       )
+  motion_dataset_builder.Builder(
+    data_dir=f'{sys.argv[1]}/motion'
+  ).download_and_prepare(
+    download_config=tfds.download.DownloadConfig(max_examples_per_split=48)
+  )
 
 
 if __name__ == '__main__':

@@ -42,6 +42,9 @@ MODELS = {
   'tiny': _TINY,
   'tiny16': _TINY | {'num_classes': 101, 'num_frames': 16},
 }
+# For `jax.jit`: with clips of 224 pixels, programs compute for longer than they
+# compile, unlike those of most tests.
+OPTIMIZED = {'xla_backend_optimization_level': 1}
 
 
 def load(path: str | pathlib.Path) -> dict[str, np.ndarray]:

@@ -2,6 +2,7 @@
 
 import ast
 import configparser
+import functools
 import importlib.metadata
 import pathlib
 import re
@@ -106,6 +107,12 @@ def _requirements(*extras):
   }
 
 
+@functools.cache
+def _distributions():
+  """Returns the distributions of each package; reads all that are installed."""
+  return importlib.metadata.packages_distributions()
+
+
 def _imports(path):
   """Yields the top-level names of the packages that a file imports."""
   for node in ast.walk(ast.parse(path.read_text())):
@@ -129,7 +136,7 @@ def _imports(path):
   ],
 )
 def test_imported_packages_are_declared(folder, extras):
-  distributions = importlib.metadata.packages_distributions()
+  distributions = _distributions()
   ours = {'configs', 'data', 'dualformer_jax', 'scripts', 'tests'}
   declared: set[str] = {*_requirements(*extras)}
   if folder == 'tests':
@@ -159,6 +166,7 @@ def test_each_requirement_has_one_tested_version(python):
   assert 'torch' not in pins
 
 
+@pytest.mark.slow
 def test_the_package_imports_without_the_extras():
   """All modules, in one process: no command defines flags on import."""
   modules = [_module_name(path) for path in PACKAGE.rglob('*.py')]

@@ -56,6 +56,7 @@ class Writer:
 
   The methods are those of clu.metric_writers.MetricWriter. It is not a base
   class because clu imports it together with TensorFlow, which is optional.
+  The methods of subclasses do what is documented here.
   """
 
   run_id: str
@@ -129,11 +130,9 @@ class WandbWriter(Writer):
     self._next_row += 1
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """See Writer."""
     self._log(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, Images]) -> None:
-    """See Writer."""
     series = {
       name: [
         self._wandb.Image(image, caption=str(number))
@@ -144,23 +143,19 @@ class WandbWriter(Writer):
     self._log(step, series)
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See Writer."""
     pages = {n: f'<pre>{html.escape(text)}</pre>' for n, text in texts.items()}
     self._log(step, {n: self._wandb.Html(page) for n, page in pages.items()})
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """See Writer."""
     self._run.config.update(dict(hparams), allow_val_change=True)
 
   def write_files(self, paths: list[str]) -> None:
-    """See Writer."""
     artifact = self._wandb.Artifact(f'report-{self.run_id}', type='report')
     for path in paths:
       artifact.add_file(path)
     self._run.log_artifact(artifact)
 
   def close(self, is_complete: bool = True) -> None:
-    """See Writer."""
     self._run.finish(exit_code=0 if is_complete else 1)
 
 
@@ -191,7 +186,6 @@ class MlflowWriter(Writer):
       )
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """See Writer."""
     now = time.time_ns() // 1_000_000
     metrics = [
       self._entities.Metric(name, value, now, step)
@@ -200,19 +194,17 @@ class MlflowWriter(Writer):
     self._client.log_batch(self.run_id, metrics=metrics)
 
   def write_images(self, step: int, images: Mapping[str, Images]) -> None:
-    """See Writer."""
     for name, image in _numbered(images):
       self._client.log_image(
         self.run_id, image, key=name, step=step, synchronous=True
       )
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See Writer."""
     for name, text in texts.items():
       self._client.log_text(self.run_id, text, f'{name}.md')
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """See Writer; MLflow's parameters keep the values of the first process."""
+    """MLflow's parameters keep the values of the first process."""
     known = self._client.get_run(self.run_id).data.params
     params = [
       self._entities.Param(name, str(value))
@@ -225,12 +217,10 @@ class MlflowWriter(Writer):
     self._client.log_dict(self.run_id, dict(hparams), 'config.json')
 
   def write_files(self, paths: list[str]) -> None:
-    """See Writer."""
     for path in paths:
       self._client.log_artifact(self.run_id, path, 'report')
 
   def close(self, is_complete: bool = True) -> None:
-    """See Writer."""
     status = 'FINISHED' if is_complete else 'KILLED'
     self._client.set_terminated(self.run_id, status)
 
@@ -270,23 +260,19 @@ class TrackioWriter(Writer):
     self._raise_warning()
 
   def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
-    """See Writer."""
     self._log(step, scalars)
 
   def write_images(self, step: int, images: Mapping[str, Images]) -> None:
-    """See Writer."""
     self._log(step, {n: self._trackio.Image(x) for n, x in _numbered(images)})
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-    """See Writer."""
     self._log(step, {n: self._trackio.Markdown(x) for n, x in texts.items()})
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
-    """See Writer; trackio stores the config with the next metrics."""
+    """Trackio stores the config with the next metrics."""
     self._run.config.update(json.loads(json.dumps(hparams)))
 
   def write_files(self, paths: list[str]) -> None:
-    """See Writer."""
     artifact = self._trackio.Artifact(f'report-{self.run_id}', type='report')
     for path in paths:
       artifact.add_file(path)
@@ -294,7 +280,6 @@ class TrackioWriter(Writer):
     self._raise_warning()
 
   def close(self, is_complete: bool = True) -> None:
-    """See Writer."""
     del is_complete  # Runs of trackio have no status.
     self._trackio.finish()
     self._raise_warning()

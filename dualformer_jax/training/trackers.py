@@ -22,6 +22,8 @@ import threading
 import time
 from typing import Any
 
+from flax import traverse_util
+
 from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.files import atomic_write
 from dualformer_jax.training import tracker_process
@@ -71,7 +73,7 @@ class Trackers:
     """Starts the processes, which continue the runs of the workdir."""
     self._known: dict[tuple[str, int], float] = {}
     self._state = _State(workdir / STATE_FILE)
-    hparams = _flatten(config.to_dict())
+    hparams = traverse_util.flatten_dict(config.to_dict(), sep='.')
     self._writers = [
       _Process(
         tracker_process.Run(
@@ -255,14 +257,3 @@ class _Process:
       reason,
       pathlib.Path(self._run.workdir, LOG_FILE),
     )
-
-
-def _flatten(fields: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
-  """Returns nested fields by names such as 'model.dtype'."""
-  flat = {}
-  for name, value in fields.items():
-    if isinstance(value, Mapping):
-      flat |= _flatten(value, f'{prefix}{name}.')
-    else:
-      flat[f'{prefix}{name}'] = value
-  return flat

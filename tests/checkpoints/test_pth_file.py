@@ -345,6 +345,7 @@ def test_file_without_state_dict_raises(path, content, pattern):
   _assert_raises(path, pattern)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('source', ['pickle', 'zip', 'legacy'])
 def test_random_damage_raises_one_line_or_is_harmless(path, source):
   with zipfile.ZipFile(CHECKPOINT) as archive:
@@ -516,6 +517,7 @@ def test_attributes_of_a_dictionary_are_dropped(path):
   assert type(weights) is dict
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'deep',
   [

@@ -103,6 +103,7 @@ def _put_beside(path: pathlib.Path, beside: dict[str, Any]) -> None:
 # --- There and back
 
 
+@pytest.mark.slow
 def test_round_trip_through_the_command_is_exact(tmp_path):
   weights = reference_arrays.state_dict('micro_tokenlabel', 1)
   pth, folder = tmp_path / 'model.pth', tmp_path / 'new' / 'folder'

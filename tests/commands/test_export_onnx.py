@@ -76,6 +76,7 @@ def _run(run_command):
   return functools.partial(run_command, export)
 
 
+@pytest.mark.slow
 def test_graph_agrees_with_jax_for_any_number_of_views(recognizer, path):
   for count in (1, 3):
     views = random_views(recognizer, count)
@@ -138,6 +139,7 @@ def test_file_is_valid_and_describes_itself(path):
   assert json.loads(metadata['multi_label']) is False
 
 
+@pytest.mark.slow
 def test_command_exports_and_checks(run, folder, tmp_path):
   path = tmp_path / 'model.onnx'
   done = run(f'--checkpoint={folder}', f'--out={path}')

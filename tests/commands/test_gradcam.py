@@ -74,6 +74,7 @@ def test_gif_shows_gradcam_of_the_middle_view(run, model, video, tmp_path):
   assert np.corrcoef(shown.ravel(), expected.ravel())[0, 1] > 0.98
 
 
+@pytest.mark.slow
 def test_mp4_has_the_given_size_and_the_pace_of_the_video(run, video, tmp_path):
   out = tmp_path / 'map.mp4'
   out.write_text('something else')
@@ -118,6 +119,7 @@ def test_png_shows_classes_of_tokens_with_a_legend(run, model, video, tmp_path):
       )
 
 
+@pytest.mark.slow
 def test_png_shows_attention_and_the_query_token(run, model, video, tmp_path):
   out = tmp_path / 'attention.png'
   token = '--attention=2,3,4'

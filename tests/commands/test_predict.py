@@ -109,6 +109,7 @@ def assert_same(found: Any, expected: Any) -> None:
 # --- Whole videos
 
 
+@pytest.mark.slow
 def test_folder_with_unreadable_videos(predict, recognizer, tmp_path):
   write(tmp_path / 'in' / 'a' / 'x.mp4', noise(40, 1, LARGE))
   write(tmp_path / 'in' / 'b' / 'x.mp4', noise(21, 2, LARGE))
@@ -216,6 +217,7 @@ def test_table_in_a_terminal_has_colored_bars(
 # --- Windows
 
 
+@pytest.mark.slow
 def test_timelines_and_copy_agree_with_windows(predict, checkpoint, tmp_path):
   frames = noise(70, 5, LARGE)
   path = write(tmp_path / 'long.mp4', frames)

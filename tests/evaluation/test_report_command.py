@@ -25,7 +25,7 @@ def _trained(motion_dataset, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('report') / 'workdir'
   done = training_command.run_here(
     *training_command.TINY,
-    '--config.num_epochs=1',
+    '--config.num_epochs=3',  # those of test_main.py, to compile once
     '--config.test.num_clips=2',
     f'--config.dataset.data_dir={motion_dataset}',
     workdir=workdir,

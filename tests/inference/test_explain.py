@@ -97,6 +97,7 @@ def test_gradcam_of_a_certain_model_does_not_underflow(
     np.testing.assert_allclose(maps, expected[label], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_gradcam_of_a_multi_label_model_ignores_other_classes(
   model, variables, clips, monkeypatch
 ):
@@ -148,6 +149,7 @@ def blocks(grid: Any, kernel: Any):
     )
 
 
+@pytest.mark.slow
 def test_attention_agrees_with_computation_from_parameters(
   model, variables, clips
 ):

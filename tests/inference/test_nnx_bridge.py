@@ -34,7 +34,9 @@ def test_module_has_the_logits_and_gradients_of_the_model():
   exec(textwrap.dedent(code), names)
   module = names['module']
   np.testing.assert_allclose(
-    module(clips).logits, recognizer.logits(clips), atol=1e-5
+    nnx.jit(lambda module, clips: module(clips).logits)(module, clips),
+    recognizer.logits(clips),
+    atol=1e-5,
   )
 
   def loss(output):

@@ -165,6 +165,7 @@ def test_index_out_of_range_raises(prepared_datasets):
       dataset[index]
 
 
+@pytest.mark.slow
 def test_tensorflow_is_not_needed(prepared_datasets):
   program = """
 import sys

@@ -85,7 +85,10 @@ def test_forward_agrees_with_the_published_implementation(
   figures = reference_arrays.load(f'forward_{name}_seed1.npz')
   batch = len(figures['logits'])
   clips = reference_arrays.clips(batch, model.num_frames, 224, seed=1)
-  apply = jax.jit(lambda v, x: model.apply(v, x, mutable=['intermediates']))
+  apply = jax.jit(
+    lambda v, x: model.apply(v, x, mutable=['intermediates']),
+    compiler_options=reference_arrays.OPTIMIZED,
+  )
   output, sown = apply(variables, clips)
   actual = {'logits': output.logits, 'features': output.features}
   if output.token_logits is not None:
@@ -102,7 +105,9 @@ def test_forward_agrees_with_the_published_implementation(
 
   if name == 'tiny':
     coarse = model.clone(dtype='bfloat16')
-    output: Any = jax.jit(coarse.apply)(variables, clips)
+    output: Any = jax.jit(
+      coarse.apply, compiler_options=reference_arrays.OPTIMIZED
+    )(variables, clips)
     logits = output.logits
     exact = figures['logits']
     error = np.linalg.norm(logits - exact) / np.linalg.norm(exact)
@@ -126,13 +131,17 @@ def test_backbones_have_the_published_number_of_parameters(fields, count):
   assert sum(np.prod(leaf.shape) for leaf in leaves) == count
 
 
-def gradients(model):
-  """Returns gradients, the bytes of temporaries, and the lowered program."""
+def draw(model):
+  """Returns clips, and variables that the model is initialized with."""
   rng = np.random.default_rng(0)
   clips = jnp.asarray(
     rng.standard_normal((2, *model.input_shape()[1:])), jnp.float32
   )
-  variables = jax.jit(model.init)(jax.random.key(0), clips)
+  return clips, jax.jit(model.init)(jax.random.key(0), clips)
+
+
+def gradients(model, clips, variables):
+  """Returns gradients, the bytes of temporaries, and the lowered program."""
 
   def loss(params, batch_stats):
     output, _ = model.apply(
@@ -157,7 +166,9 @@ def gradients(model):
 def test_remat_and_kernels_change_memory_but_not_gradients():
   fields = {**ONE_STAGE, 'drop_path_rate': 0.3, 'head_dropout': 0.3}
   fields['depths'] = (4,)  # one block uses much of the memory of two
-  expected, memory, _ = gradients(DualFormer(**fields, remat='none'))
+  plain = DualFormer(**fields, remat='none')
+  arguments = draw(plain)
+  expected, memory, _ = gradients(plain, *arguments)
   largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(expected))
   sizes = {'none': memory}
   for remat, kernels in (
@@ -166,7 +177,7 @@ def test_remat_and_kernels_change_memory_but_not_gradients():
     ('elementwise', 'reference'),
   ):
     model = DualFormer(**fields, remat=remat, kernels=kernels)
-    actual, size, program = gradients(model)
+    actual, size, program = gradients(model, *arguments)
     if kernels == 'auto':
       sizes[remat] = size
     if remat == 'elementwise':
@@ -182,6 +193,7 @@ def test_remat_and_kernels_change_memory_but_not_gradients():
   assert sizes['none'] > sizes['elementwise'] > sizes['block']
 
 
+@pytest.mark.slow
 def test_drop_path_is_per_sample_and_only_in_training():
   model = DualFormer(**ONE_STAGE, drop_path_rate=0.5, head_dropout=0.0)
   clip = np.random.default_rng(0).standard_normal((1, 16, 64, 64, 3))
@@ -243,10 +255,12 @@ def test_invalid_fields_raise(fields, message):
 
 @pytest.mark.slow
 def test_bfloat16_gradients_are_close_to_float32():
+  arguments = draw(DualFormer(**ONE_STAGE))
   exact, coarse = (
     np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
     for dtype in ('float32', 'bfloat16')
-    for tree, *_ in [gradients(DualFormer(**{**ONE_STAGE, 'dtype': dtype}))]
+    for model in [DualFormer(**{**ONE_STAGE, 'dtype': dtype})]
+    for tree, *_ in [gradients(model, *arguments)]
   )
   error = np.linalg.norm(coarse - exact) / np.linalg.norm(exact)
   assert 0 < error < 8e-2

@@ -131,6 +131,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
   return in_process.run(complexity, *flags)
 
 
+@pytest.mark.slow
 def test_command_prints_published_totals():
   done = run(f'--config={ROOT}/configs/k400_tiny_tokenlabel.py')
   assert (done.returncode, done.stderr) == (0, '')
@@ -187,6 +188,7 @@ def test_invalid_model_fails_with_one_line():
   assert line.startswith('error: model.embed_dims is ')
 
 
+@pytest.mark.slow
 def test_classes_of_the_dataset_must_be_given():
   done = run(f'--config={ROOT}/configs/video_folder.py')
   assert done.returncode == 2

@@ -58,15 +58,15 @@ def test_attentive_head_agrees_with_numpy():
   head = heads.AttentiveHead(CLASSES, CHANNELS, HEADS, 0.5, Compute())
   tokens = np.random.default_rng(0).normal(1, 2, (3, 20, CHANNELS))
   tokens = jax.numpy.asarray(tokens, np.float32)
-  variables = draw_params(head.init(jax.random.key(0), tokens))
+  variables = draw_params(jax.eval_shape(head.init, jax.random.key(0), tokens))
   params = {'params': {'cls_head': variables['params']}}
   weights = pytorch_names.to_pytorch(params)
-  found: Any = head.apply(variables, tokens)
+  found: Any = jax.jit(head.apply)(variables, tokens)
   expected = scores(weights, np.asarray(tokens, np.float64))
   assert np.ptp(expected, axis=0).min() > 0.1  # depends on the tokens
   np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
-  alone: Any = head.apply(
+  alone: Any = jax.jit(head.apply, static_argnames='method')(
     variables, tokens.reshape(3, 5, 2, 2, CHANNELS), method='token_logits'
   )
   each = tokens.reshape(-1, 1, CHANNELS)
@@ -78,14 +78,16 @@ def test_attentive_head_agrees_with_numpy():
   )
 
 
+@pytest.mark.slow
 def test_model_applies_the_head_to_the_tokens_of_its_backbone():
   model: Any = DualFormer(**FIELDS)
   clips = np.random.default_rng(1).normal(size=(2, 8, 32, 32, 3))
   clips = jax.numpy.asarray(clips, np.float32)
-  variables = draw_params(model.init(jax.random.key(0), clips))
-  output = model.apply(variables, clips)
+  variables = draw_params(jax.eval_shape(model.init, jax.random.key(0), clips))
+  output: Any = jax.jit(model.apply)(variables, clips)
   backbone = {'params': variables['params']['backbone']}
-  tokens: Any = model.make_backbone().apply(backbone, clips, False)
+  apply = jax.jit(model.make_backbone().apply, static_argnums=2)
+  tokens: Any = apply(backbone, clips, False)
   np.testing.assert_allclose(output.features, tokens.mean((1, 2, 3)), 1e-5)
   expected = scores(
     pytorch_names.to_pytorch({'params': variables['params']}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -27,7 +28,8 @@ def is_kernel(params: Any) -> Any:
   return jax.tree.map(lambda p: p.ndim > 1, params)
 
 
-def train_alone(kind: str, x: Any, y: Any, rate: float, decay: float) -> Any:
+@functools.partial(jax.jit, static_argnames='kind')
+def train_alone(kind: str, x: Any, y: Any, rate: Any, decay: Any) -> Any:
   """Trains one head for 40 steps on all videos, with optimizers of Optax."""
 
   def schedule(step):
@@ -41,21 +43,18 @@ def train_alone(kind: str, x: Any, y: Any, rate: float, decay: float) -> Any:
     )
   else:
     optimizer = optax.adamw(schedule, weight_decay=decay, mask=is_kernel)
-  params = HEADS[kind].init(jax.random.key(3), x)['params']
-  state = optimizer.init(params)
 
   def loss(params):
     logits = jax.nn.log_softmax(HEADS[kind].apply({'params': params}, x))
     return -jnp.mean(logits[jnp.arange(len(y)), y])
 
-  @jax.jit
-  def step(params, state):
+  def step(_, carry):
+    params, state = carry
     updates, state = optimizer.update(jax.grad(loss)(params), state, params)
     return optax.apply_updates(params, updates), state
 
-  for _ in range(40):
-    params, state = step(params, state)
-  return params
+  params = HEADS[kind].init(jax.random.key(3), x)['params']
+  return jax.lax.fori_loop(0, 40, step, (params, optimizer.init(params)))[0]
 
 
 @pytest.mark.slow

@@ -93,6 +93,7 @@ def test_colors_survive_conversion_to_yuv_and_back():
   assert np.abs(np.asarray(found).astype(int) - frame).max() <= 2
 
 
+@pytest.mark.slow
 def test_clips_in_yuv_are_augmented_as_in_rgb():
   rng = np.random.default_rng(0)
   yuv = jnp.asarray(rng.integers(0, 256, (4, 2, 24, 16), np.uint8))

@@ -53,6 +53,7 @@ def test_step_reuses_the_memory_of_the_step_before():
   assert kept <= page_faults('default')
 
 
+@pytest.mark.slow
 def test_accelerators_keep_their_settings():
   code = """
 import jax

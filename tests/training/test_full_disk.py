@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pathlib
 import subprocess
+import sys
 import time
+import types
 
-from clu import metric_writers
+import clu
 import pytest
 
 from dualformer_jax.errors import UserError
@@ -47,13 +49,13 @@ def remount(disk: pathlib.Path, option: str) -> None:
 def test_run_resumes_when_there_is_room(
   disk, motion_dataset, compilation_cache, tmp_path
 ):
-  def train():
+  def train(with_tensorflow=False):
     return training_command.run(
       *FLAGS,
       f'--config.dataset.data_dir={motion_dataset}',
       workdir=disk / 'run',
       cache=compilation_cache,
-      with_tensorflow=True,
+      with_tensorflow=with_tensorflow,
     )
 
   remount(disk, 'ro')
@@ -67,7 +69,7 @@ def test_run_resumes_when_there_is_room(
   assert time.monotonic() - start < 60
 
   remount(disk, 'rw')
-  done = train()
+  done = train(with_tensorflow=True)
   assert done.returncode == 2
   assert 'Traceback' not in done.stderr
   line = done.stderr.splitlines()[-1]
@@ -99,7 +101,10 @@ def test_tensorboard_error_names_folder_and_cause(tmp_path, monkeypatch):
         '/run/events.v2; No space left on device\n\tFailed to flush 5 events'
       )
 
-  monkeypatch.setattr(metric_writers, 'SummaryWriter', Writer)
+  # Not imported, as that takes seconds: it imports TensorFlow.
+  writers = types.SimpleNamespace(SummaryWriter=Writer)
+  monkeypatch.setitem(sys.modules, 'clu.metric_writers', writers)
+  monkeypatch.setattr(clu, 'metric_writers', writers, raising=False)
   writer = logging.MetricWriter(tmp_path, 0)
   with pytest.raises(UserError) as error:
     writer.write(1, 'train', {'loss': 1.0})

@@ -6,9 +6,6 @@ import dataclasses
 import json
 import pathlib
 
-from clu import metric_writers
-from tensorboard.backend.event_processing import event_file_loader
-
 from dualformer_jax.checkpoints import metadata
 from dualformer_jax.distributed import processes
 from dualformer_jax.evaluation import curves, report_page
@@ -19,6 +16,8 @@ from tests.evaluation import html_page, make_result
 
 def read_points(workdir: pathlib.Path) -> list[tuple[str, int]]:
   """Returns name and step of all that TensorBoard reads, in order of names."""
+  from tensorboard.backend.event_processing import event_file_loader
+
   return sorted(
     (value.tag, event.step)
     for path in workdir.glob('events.out.tfevents.*')
@@ -76,6 +75,8 @@ def test_resumed_run_writes_each_point_once(tmp_path):
 
 
 def test_other_events_of_the_folder_are_kept(tmp_path):
+  from clu import metric_writers  # imports TensorFlow, which takes seconds
+
   writer = metric_writers.SummaryWriter(str(tmp_path))
   writer.write_scalars(3, {'train/loss': 1.0})
   writer.close()

@@ -33,6 +33,7 @@ def make_config(data_dir: pathlib.Path | str, name: str = 'motion') -> Any:
   return config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('yuv420', [False, True])
 def test_training_runs_a_step_of_its_own_batch(yuv420):
   config = make_config('')

@@ -13,7 +13,6 @@ import sys
 import time
 from typing import Any
 
-from clu.metric_writers import interface
 import jax
 import pytest
 
@@ -264,8 +263,11 @@ def test_only_process_0_has_trackers(fake, tmp_path, monkeypatch):
   assert not (tmp_path / 'trackers.json').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', trackers.NAMES)
 def test_writers_have_the_interface_of_clu(name):
+  from clu.metric_writers import interface  # imports TensorFlow
+
   def parameters(method: Any) -> dict[str, Any]:
     found = inspect.signature(method).parameters
     return {n: p.kind for n, p in found.items() if p.default is p.empty}

@@ -239,7 +239,7 @@ def test_command_prints_a_user_error_in_one_line(tmp_path):
 
 @pytest.fixture(scope='module')
 def many_videos(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
-  return make_videos(tmp_path_factory.mktemp('videos'), 120)
+  return make_videos(tmp_path_factory.mktemp('videos'), 80)
 
 
 @pytest.fixture(scope='module')
@@ -255,7 +255,7 @@ def test_interrupted_and_killed_build_is_resumed_with_the_same_bytes(
   many_videos, undisturbed, tmp_path
 ):
   store = tmp_path / 'video_folder' / 'reencoded' / '.1.0.0-videos'
-  process, arguments = start_build(many_videos, tmp_path, store, 20)
+  process, arguments = start_build(many_videos, tmp_path, store, 10)
   os.killpg(process.pid, signal.SIGINT)  # As a terminal does.
   output, _ = process.communicate(timeout=10)
   assert process.returncode == 130
@@ -264,7 +264,7 @@ def test_interrupted_and_killed_build_is_resumed_with_the_same_bytes(
   assert last == 'stopped by SIGINT; run the command again to resume'
 
   stored = len(list(store.glob('*/*.json')))
-  process, arguments = start_build(many_videos, tmp_path, store, stored + 20)
+  process, arguments = start_build(many_videos, tmp_path, store, stored + 10)
   os.kill(process.pid, signal.SIGKILL)  # The workers must end by themselves.
   process.communicate(timeout=100)  # They hold its output open until then.
   while True:
@@ -272,7 +272,7 @@ def test_interrupted_and_killed_build_is_resumed_with_the_same_bytes(
     time.sleep(0.5)
     if len(list(store.glob('*/*.json'))) == len(before):
       break
-  assert len(before) < 120
+  assert len(before) < 80
 
   started = time.time_ns()
   done = tfds_command.tfds_build(*arguments)
@@ -285,7 +285,7 @@ def test_interrupted_and_killed_build_is_resumed_with_the_same_bytes(
 
 @pytest.mark.slow
 def test_beam_workers_give_the_same_dataset(in_process, tmp_path):
-  videos = make_videos(tmp_path / 'videos', 8)
+  videos = make_videos(tmp_path / 'videos', 4)
   dataset = video_folder.Builder(data_dir=tmp_path / 'alone')
   report = build(dataset, videos)
   done = tfds_command.tfds_build(
