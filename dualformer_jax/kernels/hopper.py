@@ -43,13 +43,14 @@ def _transforms(width):
   return tiling, transforms.SwizzleTransform(2 * width)
 
 
-def tile(rows, channels, width=64):
+def tile(rows, channels, width=64, buffers=()):
   """Returns an operand of tensor cores in shared memory, bfloat16.
 
   Both operands of a product need the same `width`, which divides their columns
-  and the number of products that are summed: 16, 32 or 64.
+  and the number of products that are summed: 16, 32 or 64. `buffers` are axes
+  of several operands.
   """
-  shape = rows, channels
+  shape = *buffers, rows, channels
   transforms = _transforms(math.gcd(width, channels))
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 

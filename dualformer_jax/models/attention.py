@@ -176,7 +176,8 @@ class GlobalPyramidAttention(nn.Module):
     Returns None if there are none for the platform, the dtype or the sizes.
     """
     shape = (batch, *self.grid, self.channels)
-    return find_projections(shape, None, self.compute)
+    sizes = [first for first, *_ in self.pooling_kernels]
+    return find_projections(shape, None, self.compute, sizes)
 
   def project_fused(
     self,
@@ -187,6 +188,10 @@ class GlobalPyramidAttention(nn.Module):
   ) -> tuple[Float[Array, '...'], ...]:
     """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
     layers, _ = self.weights(x.shape)
+    if projections.pooling:
+      pooling = self.pooling_weights(x.shape)
+      x, (q,), levels = projections.norm_pool_project(x, norm, layers, pooling)
+      return x, q, *self.project_levels(levels, train)
     x, (y, q) = projections.norm_project(x, norm, layers)
     return x, q, *self.project_keys(y.reshape(x.shape), train)
 

@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     if self.remat == 'elementwise':
       project, project_fused, project_keys, project_levels, feed_forward = (
-        recompute.recomputed(function, self.compute, saved=('hidden',))
+        recompute.recomputed(function, self.compute, ('hidden', 'levels'))
         for function in (
           project,
           project_fused,

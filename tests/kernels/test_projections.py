@@ -15,6 +15,8 @@ import pytest
 from dualformer_jax.kernels import projections
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import reference
+from dualformer_jax.kernels.pooling import reference as pooling_reference
+from dualformer_jax.kernels.pooling import split_blocks
 from dualformer_jax.models import attention
 from dualformer_jax.models.dualformer import Block
 from tests import eight_devices
@@ -163,12 +165,24 @@ def plain_project_add(window, x, y, branch_scale, kernel, bias):
   return x + branch_scale[:, None, None, None, None] * y
 
 
-def find_plain(shape, window, compute):
+def plain_norm_pool_project(_, x, scale, bias, kernels, biases, pooling):
+  """Stands in for the kernels, on any platform."""
+  x, (y, *outputs) = plain_norm_project(None, x, scale, bias, kernels, biases)
+  levels = [
+    pooling_reference(split_blocks(y.reshape(x.shape), k.shape[:3]), k)
+    for k in pooling
+  ]
+  return x, outputs, levels
+
+
+def find_plain(shape, window, compute, pooling=()):
   """Stands in for `find_projections`."""
   module = types.SimpleNamespace(
-    norm_project=plain_norm_project, project_add=plain_project_add
+    norm_pool_project=plain_norm_pool_project,
+    norm_project=plain_norm_project,
+    project_add=plain_project_add,
   )
-  return projections.FusedProjections(module, compute, window)
+  return projections.FusedProjections(module, compute, window, pooling)
 
 
 def run_block(window):
