@@ -71,7 +71,7 @@ def vector_spec(size):
   return plgpu.BlockSpec((size,), lambda i: (i,))
 
 
-def product(a, b):
+def product(a, b) -> Any:
   """Returns a @ b in float32."""
 
   def run(acc):
@@ -82,7 +82,7 @@ def product(a, b):
   return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
-def add_product(total, a, b):
+def add_product(total, a, b) -> Any:
   """Returns total + a @ b in float32."""
   return pl.run_state(lambda acc: plgpu.wgmma(acc, a, b))(
     plgpu.WGMMAAccumulatorRef.init(total)

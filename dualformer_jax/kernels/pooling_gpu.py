@@ -48,7 +48,7 @@ def one_hot(index, size, axis=0):
   return jnp.where(index == other, 1.0, 0.0).astype(jnp.bfloat16)
 
 
-def select_rows(ones, matrix) -> Any:
+def select_rows(ones, matrix):
   """Returns rows of a matrix in shared memory, float32, by a `one_hot`."""
   zeros = hopper.zeros((ones.shape[0], matrix.shape[1]))
   return hopper.add_product(zeros, ones, matrix)

@@ -32,12 +32,14 @@ class FusedProjections:
     compute: dtype of the tokens.
     window: frames, rows and columns of a window, or None.
     pooling: the module's plan for norm_pool_project; None if it does not pool.
+    attention: kernels that compute attend_add, or None.
   """
 
   module: Any
   compute: Compute
   window: Size | None
   pooling: Any = None
+  attention: Any = None
 
   def norm_project(
     self,
@@ -121,6 +123,35 @@ class FusedProjections:
       operands = x, y, branch_scale.astype(jnp.float32)
       return run_per_device(run, operands, layer)
 
+  def attend_add(
+    self,
+    x: Float[Array, 'b d h w c'],
+    qkv: Sequence[Float[Array, 'b _ c']],
+    branch_scale: Float[Array, 'b'] | None,
+    norm: Weights,
+    query: Weights,
+    layer: Weights,
+  ) -> Float[Array, 'b d h w c']:
+    """Returns x + branch_scale * layer(attention(*qkv)).
+
+    Args:
+      x: tokens.
+      qkv: query(norm(x)), keys and values. The queries are computed again: they
+        are never stored if this is their only use.
+      branch_scale: factor of each clip, or None.
+      norm: weights of the norm.
+      query: weights of the linear layer of queries.
+      layer: weights of the linear layer of the output.
+    """
+    if branch_scale is None:
+      branch_scale = jnp.ones(len(x))
+    with jax.named_scope('attn'):
+      return run_per_device(
+        self.attention.attend_add,
+        (x, *qkv, branch_scale.astype(jnp.float32)),
+        (norm, query, layer),
+      )
+
   def _size(self) -> tuple[int, int] | None:
     return self.window and self.window[1:]
 
@@ -134,6 +165,8 @@ def find_projections(
   window: Size | None,
   compute: Compute,
   pooling: Sequence[Size] = (),
+  num_heads: int = 0,
+  num_keys: int = 0,
 ) -> FusedProjections | None:
   """Returns the functions, or None if there are no kernels.
 
@@ -144,9 +177,11 @@ def find_projections(
     window: frames, rows and columns of a window, or None.
     compute: dtype and selection of kernels.
     pooling: sizes of the pooling kernels of each level.
+    num_heads: attention heads.
+    num_keys: keys of a clip without windows.
   """
   find = compute.choose(no_kernel, gpu=_find_pallas)
-  return find(shape, window, compute, tuple(pooling))
+  return find(shape, window, compute, tuple(pooling), num_heads, num_keys)
 
 
 def _find_pallas(
@@ -154,6 +189,8 @@ def _find_pallas(
   window: Size | None,
   compute: Compute,
   pooling: tuple[Size, ...],
+  num_heads: int,
+  num_keys: int,
 ) -> FusedProjections | None:
   """The kernels of projections_gpu, if they are used and fit."""
   module = hopper_kernels('projections_gpu', compute)
@@ -162,4 +199,9 @@ def _find_pallas(
   if module is None or not module.windows_gpu.fits(*sizes, window):
     return None
   plan = module.find_pooling(*sizes, pooling)
-  return FusedProjections(module, compute, window, plan)
+  attention = hopper_kernels('short_attention_gpu', compute)
+  if not plan or not attention.fits(
+    clips_per_device(batch), d * h * w, num_keys, channels, num_heads
+  ):
+    attention = None
+  return FusedProjections(module, compute, window, plan, attention)

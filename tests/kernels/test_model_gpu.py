@@ -19,8 +19,8 @@ FIELDS: dict[str, Any] = dict(
   num_frames=16,
   image_size=32,
   window=(8, 2, 2),
-  fine_sizes=((4, 4, 4),),
-  coarse_sizes=((2, 2, 2),),
+  fine_sizes=((8, 4, 4),),
+  coarse_sizes=(None,),
   drop_path_rate=0.2,
   # Recomputation does not support what the interpreter calls.
   remat='none',
@@ -38,6 +38,9 @@ KERNELS = {
   'positional_conv_gradient',
   'project_add',
   'project_gradient',
+  'short_attention',
+  'short_attention_key_gradients',
+  'short_attention_query_gradients',
 }
 
 

@@ -25,8 +25,9 @@ def pooled(x, kernels, dlevels):
   return levels, dx, dkernels
 
 
-def norm_pool_project(x, scale, bias, kernel, layer_bias, pooling, gradients):
+def norm_pool_project(operands, gradients):
   """Returns outputs and gradients, in float64."""
+  x, scale, bias, kernel, layer_bias, pooling = operands
   dx, dy, dlevels = gradients
   y, norm_pullback = float64.layer_norm(x, scale, bias)
   output, pullback = float64.linear(y, kernel, layer_bias)
@@ -70,10 +71,8 @@ def test_norm_pool_project_and_gradients(shape, sizes):
     )
     *gradients, (dkernel,), (dbias,), dpooling = vjp((dx, [dy], dlevels))
   actual = x_out, y, *levels, *gradients, dkernel, dbias, *dpooling
-  expected = norm_pool_project(
-    *exact((x, 1 + 0.3 * scale, bias, kernel, layer_bias, pooling)),
-    exact((dx, dy, dlevels)),
-  )
+  operands = x, 1 + 0.3 * scale, bias, kernel, layer_bias, pooling
+  expected = norm_pool_project(exact(operands), exact((dx, dy, dlevels)))
   assert_agree(actual, expected)
 
 
