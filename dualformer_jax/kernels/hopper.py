@@ -140,6 +140,16 @@ def normalized(x_tile, chunk, mean, inverse):
   return y * by_row(inverse, y.shape)
 
 
+def normalize(x_tile, target, epsilon):
+  """Stores normalized tokens in a tile; returns 1 / deviation of each."""
+  mean, inverse = statistics(x_tile, epsilon)
+  for chunk in chunks(x_tile.shape[1]):
+    y = normalized(x_tile, chunk, mean, inverse)
+    target[:, chunk] = y.astype(target.dtype)
+  plgpu.commit_smem()
+  return inverse
+
+
 def gelu(x):
   """Returns the exact GELU, within 2e-7 of max(1, |x|), and its derivative.
 

@@ -195,13 +195,13 @@ def _find_pallas(
   """The kernels of projections_gpu, if they are used and fit."""
   module = hopper_kernels('projections_gpu', compute)
   batch, d, h, w, channels = shape
-  sizes = clips_per_device(batch), (d, h, w), channels
+  clips = clips_per_device(batch)
+  sizes = clips, (d, h, w), channels
   if module is None or not module.windows_gpu.fits(*sizes, window):
     return None
   plan = module.find_pooling(*sizes, pooling)
-  attention = hopper_kernels('short_attention_gpu', compute)
-  if not plan or not attention.fits(
-    clips_per_device(batch), d * h * w, num_keys, channels, num_heads
-  ):
+  attention = plan and hopper_kernels('short_attention_gpu', compute)
+  sizes = clips, d * h * w, num_keys, channels, num_heads
+  if attention and not attention.fits(*sizes):
     attention = None
   return FusedProjections(module, compute, window, plan, attention)

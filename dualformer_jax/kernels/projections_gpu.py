@@ -221,16 +221,6 @@ def _fold(norm_scale, kernels, dtype):
   return tuple((norm_scale[:, None] * k).astype(dtype) for k in kernels)
 
 
-def _normalize(x_tile):
-  """Normalizes tokens in shared memory; returns 1 / deviation of each."""
-  mean, inverse = hopper.statistics(x_tile, EPSILON)
-  for chunk in hopper.chunks(x_tile.shape[1]):
-    y = hopper.normalized(x_tile, chunk, mean, inverse)
-    x_tile[:, chunk] = y.astype(x_tile.dtype)
-  plgpu.commit_smem()
-  return inverse
-
-
 # Compiled functions are traced and lowered once for all blocks of a stage.
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _normed_products(
@@ -249,7 +239,7 @@ def _normed_products(
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
-    _normalize(x_tile)
+    hopper.normalize(x_tile, x_tile, EPSILON)
     for start in range(0, channels, width) if has_norm else ():
       chunk = pl.ds(start, width)
       y = hopper.load(x_tile.at[:, chunk])
@@ -317,7 +307,7 @@ def _norm_project_gradient(
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
-    inverse = _normalize(x_tile)
+    inverse = hopper.normalize(x_tile, x_tile, EPSILON)
     plgpu.copy_smem_to_gmem(x_tile, out.at[mine])
 
     total = hopper.zeros((rows, channels))

@@ -31,13 +31,6 @@ def fits(batch: int, tokens: int, keys: int, channels: int) -> bool:
   )
 
 
-def _normalize(x_tile, target):
-  mean, inverse = hopper.statistics(x_tile, EPSILON)
-  for chunk in hopper.chunks(x_tile.shape[1]):
-    y = hopper.normalized(x_tile, chunk, mean, inverse)
-    target[:, chunk] = y.astype(target.dtype)
-
-
 def _project(tile, kernel, target, bias=None):
   """Stores tile @ kernel + bias in a tile of the same number of channels."""
   channels, width = tile.shape[1], windows_gpu.step_width(tile.shape[1])
@@ -121,8 +114,7 @@ def forward(x, keys, values, scale, query, proj):
     clip = jax.lax.div(program, clip_tokens // rows)
     plgpu.copy_gmem_to_smem(x.at[mine], x_tile, arrived)
     plgpu.barrier_wait(arrived)
-    _normalize(x_tile, y_tile)
-    plgpu.commit_smem()
+    hopper.normalize(x_tile, y_tile, EPSILON)
     _project(y_tile, wq, q_tile, bq)
 
     def step(head, block, keys, values, mask, carry):
@@ -220,11 +212,9 @@ def query_gradients(
   heads, num_keys = channels // HEAD, keys.shape[1]
 
   def body(x, keys, values, dout, scale, attended, log_sums, *refs):
-    wq, bq, wp, dq, q, dy, deltas, sums, *refs = refs
-    x_tile, dout_tile, q_tile, dy_tile, y_tile, lse_tile, delta_tile, *rest = (
-      refs
-    )
-    (arrived,) = rest
+    wq, bq, wp, dq, q, dy, deltas, sums, tiles, vectors, arrived = refs
+    x_tile, dout_tile, q_tile, dy_tile, y_tile = tiles
+    lse_tile, delta_tile = vectors
     program = jax.lax.axis_index('rows')
     mine = pl.ds(program * rows, rows)
     clip = jax.lax.div(program, clip_tokens // rows)
@@ -241,7 +231,7 @@ def query_gradients(
     for n, (_, here) in enumerate(of_heads):
       plgpu.copy_gmem_to_smem(log_sums.at[here], lse_tile.at[n], arrived)
     plgpu.barrier_wait(arrived)
-    _normalize(x_tile, x_tile)
+    hopper.normalize(x_tile, x_tile, EPSILON)
     factor = scale[clip]
     for chunk in hopper.chunks(channels):
       y = hopper.load(dout_tile.at[:, chunk]) * factor
@@ -296,9 +286,11 @@ def query_gradients(
       jax.ShapeDtypeStruct((tokens // rows, channels), jnp.float32),
     ),
     scratch=(
-      *[hopper.tile(rows, channels)] * 2,
-      *[hopper.tile(rows, channels, HEAD)] * 3,
-      *[plgpu.SMEM((heads, rows), jnp.float32)] * 2,
+      [
+        *[hopper.tile(rows, channels)] * 2,
+        *[hopper.tile(rows, channels, HEAD)] * 3,
+      ],
+      [plgpu.SMEM((heads, rows), jnp.float32)] * 2,
       plgpu.Barrier(num_arrivals=3 + heads),
     ),
     grid={'rows': tokens // rows},
