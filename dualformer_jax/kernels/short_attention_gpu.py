@@ -68,10 +68,17 @@ def attend_add(
     query: weights of the linear layer of queries.
     proj: weights of the linear layer of the output of attention.
   """
-  return _attend_add_fwd(x, q, k, v, branch_scale, norm, query, proj)[0]
+  del q
+  return _forward(False, x, k, v, branch_scale, norm, query, proj)[0]
 
 
 def _attend_add_fwd(x, q, k, v, branch_scale, norm, query, proj):
+  del q
+  return _forward(True, x, k, v, branch_scale, norm, query, proj)
+
+
+def _forward(saves, x, k, v, branch_scale, norm, query, proj):
+  """Returns the output and, if `saves`, residuals of the backward pass."""
   norm_scale, norm_bias = norm
   kernel, bias = query
   folded = (norm_scale[:, None] * kernel * _FACTOR).astype(x.dtype)
@@ -82,7 +89,7 @@ def _attend_add_fwd(x, q, k, v, branch_scale, norm, query, proj):
   proj_kernel, proj_bias = proj
   matrix = proj_kernel.astype(x.dtype)
   out, *saved = short_attention_gpu_tokens.forward(
-    tokens, k, v, scale, (folded, bias), (matrix, proj_bias)
+    saves, tokens, k, v, scale, (folded, bias), (matrix, proj_bias)
   )
   residuals = x, k, v, scale, (folded, bias), matrix, saved
   return out.reshape(x.shape), residuals

@@ -5,6 +5,8 @@ drop path and residual. A program has a few tokens of a clip and reads them
 once; blocks of the keys and values of the clip pass through its shared memory.
 """
 
+import functools
+
 import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -93,12 +95,13 @@ def _for_keys(step, clip, batch, keys, values, carry):
 
 
 # Compiled functions are traced and lowered once for all blocks of a stage.
-@jax.jit
-def forward(x, keys, values, scale, query, proj):
-  """Returns the tokens, the output of attention, and log-sum-exps [h, n].
+@functools.partial(jax.jit, static_argnums=0)
+def forward(saves, x, keys, values, scale, query, proj):
+  """Returns the tokens and, if `saves`, what the backward pass reads.
 
-  Weights of the norm and the factor of queries are part of `query`. `scale` is
-  the factor of each clip.
+  That is the output of attention [n, c], and log-sum-exps [h, n]. Weights of
+  the norm and the factor of queries are part of `query`; `scale` is the factor
+  of each clip.
   """
   batch, clip_tokens, channels = x.shape
   tokens, rows = batch * clip_tokens, _ROWS[channels]
@@ -107,7 +110,7 @@ def forward(x, keys, values, scale, query, proj):
 
   def body(x, keys, values, scale, *refs):
     wq, bq, wp, bp, *refs = refs
-    out, attended, log_sums, tiles, lse_tile, arrived = refs
+    out, *saved, tiles, lse_tile, arrived = refs
     x_tile, y_tile, q_tile = tiles
     program = jax.lax.axis_index('rows')
     mine = pl.ds(program * rows, rows)
@@ -136,11 +139,10 @@ def forward(x, keys, values, scale, query, proj):
       def _():
         y = out * hopper.by_row(1 / total, out.shape)
         q_tile[:, columns] = y.astype(q_tile.dtype)
-        plgpu.wait_smem_to_gmem(0)
-        lse_tile[...] = largest + jnp.log2(total)
-        plgpu.commit_smem()
-        here = pl.ds(head * tokens + program * rows, rows)
-        plgpu.copy_smem_to_gmem(lse_tile, log_sums.at[here])
+        if saves:
+          here = pl.ds(head * tokens + program * rows, rows)
+          lse = largest + jnp.log2(total)
+          windows_gpu.write(lse, lse_tile, saved[1].at[here])
 
       return largest, total, out
 
@@ -148,7 +150,8 @@ def forward(x, keys, values, scale, query, proj):
     carry = vector, vector, hopper.zeros((rows, HEAD))
     _for_keys(step, clip, batch, keys, values, carry)
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, attended.at[mine])
+    if saves:
+      plgpu.copy_smem_to_gmem(q_tile, saved[0].at[mine])
 
     def project(index, kernel, bias):
       columns = pl.ds(index[0] * width, width)
@@ -172,10 +175,11 @@ def forward(x, keys, values, scale, query, proj):
     plgpu.wait_smem_to_gmem(0)
 
   flat = jax.ShapeDtypeStruct((tokens, channels), x.dtype)
-  out, attended, log_sums = hopper.kernel(
+  log_sums = jax.ShapeDtypeStruct((heads * tokens,), jnp.float32)
+  out, *saved = hopper.kernel(
     body,
     'short_attention',
-    out_type=(flat, flat, jax.ShapeDtypeStruct((heads * tokens,), jnp.float32)),
+    out_type=(flat, flat, log_sums) if saves else (flat,),
     scratch=(
       [
         *[hopper.tile(rows, channels)] * 2,
@@ -195,7 +199,7 @@ def forward(x, keys, values, scale, query, proj):
     *query,
     *proj,
   )
-  return out.reshape(x.shape), attended, log_sums
+  return out.reshape(x.shape), *saved
 
 
 @jax.jit

@@ -56,12 +56,14 @@ def test_attend_add_and_gradients(batch, grid, channels, keys):
     def run(x, q, k, v, proj):
       return module.attend_add(x, q, k, v, branch_scale, norm, query, proj)
 
+    inferred = run(x, q, k, v, proj)
     out, vjp = jax.vjp(run, x, q, k, v, proj)
     dx, *gradients, dproj = vjp(dout)
   expected = attend_add(
     *exact((x, k, v, branch_scale, norm, query, proj, dout))
   )
   np.testing.assert_array_equal(dx, dout)
+  np.testing.assert_array_equal(inferred, out)
   actual = out, *gradients, *dproj
   for index, (a, e) in enumerate(zip(actual, expected, strict=True)):
     error = np.abs(np.asarray(a, np.float64).reshape(e.shape) - e).max()
