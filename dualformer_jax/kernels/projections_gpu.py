@@ -1,10 +1,11 @@
 """The linear layers around attention as Pallas kernels for Hopper GPUs.
 
-`norm_project` is LayerNorm and linear layers of its output, `project_add` a
-linear layer of the output of attention, drop path and the residual. Tokens of
-windows are read from the grid and written window by window, so that nothing is
-transposed in memory. In a window, the 8 frames of a position are consecutive:
-that is one tile of the operands of tensor cores.
+`norm_project` is LayerNorm and linear layers of its output,
+`norm_pool_project` also pools its output, and `project_add` is a linear layer
+of the output of attention, drop path and the residual. Tokens of windows are
+read from the grid and written window by window, so that nothing is transposed
+in memory. In a window, the 8 frames of a position are consecutive: that is one
+tile of the operands of tensor cores.
 
 The backward passes recompute the normalized tokens, add the gradient of the
 residual stream, and output the operands of the gradients of the weights, which
@@ -202,7 +203,7 @@ def _norm_pool_project_bwd(plan, residuals, gradients):
     dnorm = pooling_gpu.spread(plan, dlevels, pooling)
     dys = [dnorm.reshape(-1, x.shape[-1]), *dys]
     gradients, y = _separate_gradients(None, x, dout, dys, *weights)
-    norm_scale, norm_bias = jnp.ones(()), jnp.zeros(())
+    norm_scale, norm_bias = jnp.ones(()), jnp.zeros(())  # y has them.
   else:
     levels = pooling_gpu.gradient_operands(plan, dlevels, pooling)
     gradients, y = _fused_gradients(
@@ -288,7 +289,10 @@ def _norm_project_gradient(
 ):
   """Returns the gradient of x, normalized tokens, and sums of each program.
 
-  The latter are float32: those of the gradients of the layers, [p, m], and
+  With a `plan`, `levels` are operands of `pooling_gpu.spread_gradients`, the
+  gradient of norm(x); otherwise it is the first of `dys` without windows.
+
+  Sums are float32: those of the gradients of the layers, [p, m], and
   without windows those of the scale and the bias of the norm, [p, 2, c].
   """
   shape, channels, count = x.shape, x.shape[-1], len(kernels)
