@@ -48,14 +48,14 @@ def largest_divisor(number: int, most: int) -> int:
   return next(n for n in range(max(1, most), 0, -1) if number % n == 0)
 
 
-def tile(rows, channels, width=64, count=None):
+def tile(rows, channels, width=64, buffers=()):
   """Returns an operand of tensor cores in shared memory, bfloat16.
 
   Both operands of a product need the same `width`, which divides their columns
-  and the number of products that are summed: 16, 32 or 64. With `count`, there
-  are so many of them.
+  and the number of products that are summed: 16, 32 or 64. `buffers` are axes
+  of several operands.
   """
-  shape = (rows, channels) if count is None else (count, rows, channels)
+  shape = *buffers, rows, channels
   transforms = _transforms(math.gcd(width, channels))
   return plgpu.SMEM(shape, jnp.bfloat16, transforms=transforms)
 
@@ -148,6 +148,16 @@ def normalized(x_tile, chunk, mean, inverse):
   y = load(x_tile.at[:, chunk])
   y -= by_row(mean, y.shape)
   return y * by_row(inverse, y.shape)
+
+
+def normalize(x_tile, target, epsilon):
+  """Stores normalized tokens in a tile; returns 1 / deviation of each."""
+  mean, inverse = statistics(x_tile, epsilon)
+  for chunk in chunks(x_tile.shape[1]):
+    y = normalized(x_tile, chunk, mean, inverse)
+    target[:, chunk] = y.astype(target.dtype)
+  plgpu.commit_smem()
+  return inverse
 
 
 def gelu(x):

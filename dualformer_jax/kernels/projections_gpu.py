@@ -1,10 +1,11 @@
 """The linear layers around attention as Pallas kernels for Hopper GPUs.
 
-`norm_project` is LayerNorm and linear layers of its output, `project_add` a
-linear layer of the output of attention, drop path and the residual. Tokens of
-windows are read from the grid and written window by window, so that nothing is
-transposed in memory. In a window, the 8 frames of a position are consecutive:
-that is one tile of the operands of tensor cores.
+`norm_project` is LayerNorm and linear layers of its output,
+`norm_pool_project` also pools its output, and `project_add` is a linear layer
+of the output of attention, drop path and the residual. Tokens of windows are
+read from the grid and written window by window, so that nothing is transposed
+in memory. In a window, the 8 frames of a position are consecutive: that is one
+tile of the operands of tensor cores.
 
 The backward passes recompute the normalized tokens, add the gradient of the
 residual stream, and output the operands of the gradients of the weights, which
@@ -20,8 +21,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import hopper, layer_norm_gpu, windows_gpu
+from dualformer_jax.kernels import (
+  hopper,
+  layer_norm_gpu,
+  pooling_gpu,
+  pooling_plan,
+  windows_gpu,
+)
+from dualformer_jax.kernels.dispatch import Size
 from dualformer_jax.kernels.layer_norm import EPSILON
+from dualformer_jax.kernels.project_add_gpu import project_add, weight_gradient
+
+__all__ = ['norm_pool_project', 'norm_project', 'project_add']
 
 Vectors = tuple[Float[Array, 'o'], ...]
 Matrices = tuple[Float[Array, 'c o'], ...]
@@ -52,16 +63,21 @@ def norm_project(
     kernels: weights of the linear layers.
     biases: biases of the linear layers.
   """
+  return x, _project(
+    window, window is None, x, norm_scale, norm_bias, kernels, biases
+  )
+
+
+def _project(window, has_norm, x, norm_scale, norm_bias, kernels, biases):
   folded = _fold(norm_scale, kernels, x.dtype)
   # Products of float32 matrices may be less accurate than sums.
   biases = tuple(
     b + jnp.sum(norm_bias[:, None] * k, axis=0)
     for k, b in zip(kernels, biases, strict=True)
   )
-  outputs = _normed_products(
-    window, window is None, x, norm_scale, norm_bias, folded, biases
+  return _normed_products(
+    window, has_norm, x, norm_scale, norm_bias, folded, biases
   )
-  return x, outputs
 
 
 def _norm_project_fwd(window, x, *weights):
@@ -69,36 +85,46 @@ def _norm_project_fwd(window, x, *weights):
 
 
 def _norm_project_bwd(window, residuals, gradients):
-  x, norm_scale, norm_bias, kernels, biases = residuals
+  x, *weights = residuals
   dout, dys = gradients
   if x.shape[-1] > _MAX_CHANNELS:
-    return _separate_gradients(
-      window, x, dout, dys, norm_scale, norm_bias, kernels
-    )
-  folded = _fold(norm_scale, kernels, x.dtype)
-  dx, normalized, *sums = _norm_project_gradient(
-    window, x, dout, tuple(dys), norm_scale, folded
-  )
-  dys = dys[-len(kernels) :]
-  dnorm_scale, dnorm_bias = sums[1].sum(0) if len(sums) > 1 else (0, 0)
-  dkernels, dbiases = [], jnp.split(sums[0].sum(0), len(biases))
-  for kernel, dy, dbias in zip(kernels, dys, dbiases, strict=True):
-    product = _weight_gradient(normalized, dy)
-    dkernels.append(norm_scale[:, None] * product + norm_bias[:, None] * dbias)
-    dnorm_scale += jnp.sum(kernel * product, axis=1)
-    dnorm_bias += jnp.sum(kernel * dbias, axis=1)
-  return dx, dnorm_scale, dnorm_bias, tuple(dkernels), tuple(dbiases)
+    return _separate_gradients(window, x, dout, dys, *weights)[0]
+  return _fused_gradients(window, x, dout, tuple(dys), weights)[0]
 
 
 norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
 
 
-def _separate_gradients(window, x, dout, dys, norm_scale, norm_bias, kernels):
-  """The backward pass with kernels for the norm alone."""
+def _fused_gradients(window, x, dout, dys, weights, plan=None, levels=()):
+  """Returns gradients of x and weights, and the normalized tokens."""
+  norm_scale, norm_bias, kernels, biases = weights
+  folded = _fold(norm_scale, kernels, x.dtype)
+  dx, normalized, *sums = _norm_project_gradient(
+    window, plan, x, dout, dys, norm_scale, folded, levels
+  )
+  dys = dys[-len(kernels) :]
+  dnorm_scale, dnorm_bias = sums[1].sum(0) if len(sums) > 1 else (0, 0)
+  dkernels, dbiases = [], jnp.split(sums[0].sum(0), len(biases))
+  for kernel, dy, dbias in zip(kernels, dys, dbiases, strict=True):
+    product = weight_gradient(normalized, dy)
+    dkernels.append(norm_scale[:, None] * product + norm_bias[:, None] * dbias)
+    dnorm_scale += jnp.sum(kernel * product, axis=1)
+    dnorm_bias += jnp.sum(kernel * dbias, axis=1)
+  gradients = dx, dnorm_scale, dnorm_bias, tuple(dkernels), tuple(dbiases)
+  return gradients, normalized
+
+
+def _separate_gradients(
+  window, x, dout, dys, norm_scale, norm_bias, kernels, _
+):
+  """Returns gradients of x and weights, and norm(x).
+
+  Only the norm is a kernel.
+  """
   dnorm = [] if window else [dys[0]]
   dys = dys[-len(kernels) :]
   [y] = _normed_products(window, True, x, norm_scale, norm_bias, (), ())
-  dkernels = tuple(_weight_gradient(y, dy) for dy in dys)
+  dkernels = tuple(weight_gradient(y, dy) for dy in dys)
   dbiases = tuple(jnp.sum(dy, axis=0, dtype=jnp.float32) for dy in dys)
   dnorm += [
     dy @ kernel.T.astype(dy.dtype)
@@ -110,70 +136,90 @@ def _separate_gradients(window, x, dout, dys, norm_scale, norm_bias, kernels):
     layer_norm_gpu.layer_norm, x.reshape(flat), norm_scale, norm_bias
   )
   dx, *dnorm_weights = norm_vjp(dnorm.reshape(flat))
-  return dout + dx.reshape(x.shape), *dnorm_weights, dkernels, dbiases
+  gradients = dout + dx.reshape(x.shape), *dnorm_weights, dkernels, dbiases
+  return gradients, y
+
+
+def find_pooling(
+  batch: int, grid: Size, channels: int, sizes: tuple[Size, ...]
+) -> pooling_plan.Plan | None:
+  """Returns the plan of `norm_pool_project`; None if it does not support sizes.
+
+  Args:
+    batch: clips of a device.
+    grid: frames, rows and columns of tokens.
+    channels: channels of the tokens.
+    sizes: sizes of the pooling kernels.
+  """
+  plan = pooling_plan.find_plan(grid, sizes)
+  rows = windows_gpu.ROWS[channels]
+  is_supported = plan and pooling_plan.fits(plan, grid, batch, rows)
+  return plan if is_supported else None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_add(
-  window: windows_gpu.Window,
+def norm_pool_project(
+  plan: pooling_plan.Plan,
   x: Float[Array, 'b d h w c'],
-  y: Float[Array, 'n c'],
-  branch_scale: Float[Array, 'b'],
-  kernel: Float[Array, 'c c'],
-  bias: Float[Array, 'c'],
-) -> Float[Array, 'b d h w c']:
-  """Returns x + branch_scale * (y @ kernel + bias).
+  norm_scale: Float[Array, 'c'],
+  norm_bias: Float[Array, 'c'],
+  kernels: Matrices,
+  biases: Vectors,
+  pooling: tuple[Float[Array, '_ _ _ c'], ...],
+) -> tuple[
+  Float[Array, 'b d h w c'],
+  list[Float[Array, 'n c']],
+  list[Float[Array, 'b _ _ _ c']],
+]:
+  """Returns x, the outputs of `norm_project`, and pooled tokens.
 
-  `branch_scale` has no gradient.
+  The latter are float32 sums of blocks of norm(x) times each pooling kernel.
+  norm(x) is not stored.
 
   Args:
-    window: as for `norm_project`.
+    plan: from `pooling_plan.find_plan`.
     x: tokens, bfloat16.
-    y: tokens in the order that `norm_project` outputs.
-    branch_scale: factor of each clip.
-    kernel: weights of the linear layer.
-    bias: bias of the linear layer.
+    norm_scale: scale of LayerNorm.
+    norm_bias: bias of LayerNorm.
+    kernels: weights of the linear layers.
+    biases: biases of the linear layers.
+    pooling: kernels of the pooling to each level.
   """
-  scale = _scale_of_tokens(branch_scale, y)
-  return _projected_sum(window, x, y, scale, kernel.astype(x.dtype), bias)
+  norm = norm_scale, norm_bias
+  outputs = _project(None, False, x, *norm, kernels, biases)
+  return x, outputs, pooling_gpu.pooled_sums(plan, x, *norm, pooling)
 
 
-def _project_add_fwd(window, *operands):
-  return project_add(window, *operands), operands[1:]
+def _norm_pool_project_fwd(plan, *operands):
+  return norm_pool_project(plan, *operands), operands
 
 
-def _project_add_bwd(window, residuals, dout):
-  y, branch_scale, kernel, _ = residuals
-  scale = _scale_of_tokens(branch_scale, y)
-  dy, scaled, sums = _project_gradient(
-    window, dout, scale, kernel.astype(y.dtype)
+def _norm_pool_project_bwd(plan, residuals, gradients):
+  x, *weights, pooling = residuals
+  norm_scale, norm_bias, *_ = weights
+  dout, dys, dlevels = gradients
+  dlevels = [dlevel.astype(x.dtype) for dlevel in dlevels]
+  if x.shape[-1] > _MAX_CHANNELS:
+    dnorm = pooling_gpu.spread(plan, dlevels, pooling)
+    dys = [dnorm.reshape(-1, x.shape[-1]), *dys]
+    gradients, y = _separate_gradients(None, x, dout, dys, *weights)
+    norm_scale, norm_bias = jnp.ones(()), jnp.zeros(())  # y has them.
+  else:
+    levels = pooling_gpu.gradient_operands(plan, dlevels, pooling)
+    gradients, y = _fused_gradients(
+      None, x, dout, tuple(dys), weights, plan, levels
+    )
+  dpooling = pooling_gpu.kernel_gradients(
+    plan, y.reshape(x.shape), dlevels, norm_scale, norm_bias
   )
-  return dout, dy, None, _weight_gradient(y, scaled), sums.sum(0)
+  return *gradients, dpooling
 
 
-project_add.defvjp(_project_add_fwd, _project_add_bwd)
+norm_pool_project.defvjp(_norm_pool_project_fwd, _norm_pool_project_bwd)
 
 
 def _fold(norm_scale, kernels, dtype):
   return tuple((norm_scale[:, None] * k).astype(dtype) for k in kernels)
-
-
-def _scale_of_tokens(branch_scale, y):
-  return jnp.repeat(branch_scale, len(y) // len(branch_scale))
-
-
-def _weight_gradient(x, dy):
-  return jnp.einsum('nc,no->co', x, dy, preferred_element_type=jnp.float32)
-
-
-def _normalize(x_tile):
-  """Normalizes tokens in shared memory; returns 1 / deviation of each."""
-  mean, inverse = hopper.statistics(x_tile, EPSILON)
-  for chunk in hopper.chunks(x_tile.shape[1]):
-    y = hopper.normalized(x_tile, chunk, mean, inverse)
-    x_tile[:, chunk] = y.astype(x_tile.dtype)
-  plgpu.commit_smem()
-  return inverse
 
 
 # Compiled functions are traced and lowered once for all blocks of a stage.
@@ -194,7 +240,7 @@ def _normed_products(
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
-    _normalize(x_tile)
+    hopper.normalize(x_tile, x_tile, EPSILON)
     for start in range(0, channels, width) if has_norm else ():
       chunk = pl.ds(start, width)
       y = hopper.load(x_tile.at[:, chunk])
@@ -237,34 +283,46 @@ def _normed_products(
   )(x, norm_scale, norm_bias, *kernels, *biases)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _norm_project_gradient(
+  window, plan, x, dout, dys, norm_scale, kernels, levels
+):
   """Returns the gradient of x, normalized tokens, and sums of each program.
 
-  The latter are float32: those of the gradients of the layers, [p, m], and
+  With a `plan`, `levels` are operands of `pooling_gpu.spread_gradients`, the
+  gradient of norm(x); otherwise it is the first of `dys` without windows.
+
+  Sums are float32: those of the gradients of the layers, [p, m], and
   without windows those of the scale and the bias of the norm, [p, 2, c].
   """
   shape, channels, count = x.shape, x.shape[-1], len(kernels)
   tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
   has_norm, width = window is None, windows_gpu.step_width(channels)
+  num_dys, num_levels = len(dys), len(levels)
   x, copies = windows_gpu.copied_grid(x, window)
 
   def body(x, dout, norm_scale, *refs):
-    dys, refs = refs[: has_norm + count], refs[has_norm + count :]
+    dys, refs = refs[:num_dys], refs[num_dys:]
     kernels, refs = refs[:count], refs[count:]
+    levels, refs = refs[:num_levels], refs[num_levels:]
     dx, out, sums, *norm_sums, x_tile, dout_tile, arrived, dout_arrived = refs
     program = jax.lax.axis_index('rows')
     mine = windows_gpu.tokens_of_program(rows)
     for source, target in copies(x, x_tile):
       plgpu.copy_gmem_to_smem(source, target, arrived)
     plgpu.barrier_wait(arrived)
-    inverse = _normalize(x_tile)
+    inverse = hopper.normalize(x_tile, x_tile, EPSILON)
     plgpu.copy_smem_to_gmem(x_tile, out.at[mine])
 
     total = hopper.zeros((rows, channels))
     if has_norm:
-      plgpu.copy_gmem_to_smem(dys[0].at[mine], dout_tile, arrived)
-      plgpu.barrier_wait(arrived)
+      if plan:
+        pooling_gpu.spread_gradients(
+          plan, program * rows, rows, levels, dout_tile
+        )
+      else:
+        plgpu.copy_gmem_to_smem(dys[0].at[mine], dout_tile, arrived)
+        plgpu.barrier_wait(arrived)
       for chunk in hopper.chunks(channels):
         y = hopper.load(dout_tile.at[:, chunk])
         norm_sums[0][program, 1, chunk] = y.sum(0)
@@ -276,7 +334,7 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
     for source, target in copies(dout, dout_tile):
       plgpu.copy_gmem_to_smem(source, target, dout_arrived)
 
-    layers = zip(dys[has_norm:], kernels, strict=True)
+    layers = zip(dys[-count:], kernels, strict=True)
     for n, (dy, kernel) in enumerate(layers):
 
       def step(index, dy, kernel, total, n=n):
@@ -335,113 +393,5 @@ def _norm_project_gradient(window, x, dout, dys, norm_scale, kernels):
     grid={'rows': tokens // rows},
     flops=2 * tokens * channels**2 * count,
     transcendentals=tokens,
-  )(x, dout.reshape(x.shape), norm_scale, *dys, *kernels)
+  )(x, dout.reshape(x.shape), norm_scale, *dys, *kernels, *levels)
   return dx.reshape(shape), *rest
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _projected_sum(window, x, y, scale, kernel, bias):
-  """Returns x + scale * (y @ kernel + bias)."""
-  shape, channels = x.shape, x.shape[-1]
-  tokens, rows = x.size // channels, windows_gpu.ROWS[channels]
-  width = windows_gpu.step_width(channels)
-  x, copies = windows_gpu.copied_grid(x, window)
-
-  def body(x, y, scale, kernel, bias, out, tiles, arrived):
-    x_tile, y_tile, scale_tile = tiles
-    mine = windows_gpu.tokens_of_program(rows)
-    for source, target in copies(x, x_tile):
-      plgpu.copy_gmem_to_smem(source, target, arrived)
-    plgpu.copy_gmem_to_smem(y.at[mine], y_tile, arrived)
-    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
-    plgpu.barrier_wait(arrived)
-
-    def step(index, kernel, bias):
-      columns = pl.ds(index[0] * width, width)
-      part = hopper.product(y_tile, kernel)
-      part += hopper.load_by_column(bias, part.shape)
-      part *= hopper.load_by_row(scale_tile, part.shape)
-      part += hopper.load(x_tile.at[:, columns])
-      x_tile[:, columns] = part.astype(x_tile.dtype)
-
-    plgpu.emit_pipeline(
-      step,
-      grid=(channels // width,),
-      in_specs=[
-        hopper.tile_spec((channels, width), lambda i: (0, i)),
-        hopper.vector_spec(width),
-      ],
-      max_concurrent_steps=2 if channels < 512 else 1,
-    )(kernel, bias)
-    plgpu.commit_smem()
-    for target, source in copies(out, x_tile):
-      plgpu.copy_smem_to_gmem(source, target)
-    plgpu.wait_smem_to_gmem(0)
-
-  return hopper.kernel(
-    body,
-    'project_add',
-    out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
-    scratch=(
-      (*[hopper.tile(rows, channels)] * 2, hopper.vector(rows)),
-      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 2),
-    ),
-    grid={'rows': tokens // rows},
-    flops=2 * tokens * channels**2,
-    transcendentals=0,
-  )(x, y, scale, kernel, bias).reshape(shape)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _project_gradient(window, dout, scale, kernel):
-  """Returns the gradient of y, scale * dout, and its sums of each program."""
-  channels = dout.shape[-1]
-  tokens, rows = dout.size // channels, windows_gpu.ROWS[channels]
-  width = windows_gpu.step_width(channels)
-  dout, copies = windows_gpu.copied_grid(dout, window)
-
-  def body(dout, scale, kernel, dy, scaled, sums, *scratch):
-    dout_tile, scale_tile, out_tile, arrived = scratch
-    program = jax.lax.axis_index('rows')
-    mine = windows_gpu.tokens_of_program(rows)
-    for source, target in copies(dout, dout_tile):
-      plgpu.copy_gmem_to_smem(source, target, arrived)
-    plgpu.copy_gmem_to_smem(scale.at[mine], scale_tile, arrived)
-    plgpu.barrier_wait(arrived)
-    for chunk in hopper.chunks(channels):
-      y = hopper.load(dout_tile.at[:, chunk])
-      y *= hopper.load_by_row(scale_tile, y.shape)
-      sums[program, chunk] = y.sum(0)
-      dout_tile[:, chunk] = y.astype(dout_tile.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(dout_tile, scaled.at[mine])
-
-    def step(index, kernel):
-      y = hopper.product(dout_tile, kernel.transpose((1, 0)))
-      columns = pl.ds(index[0] * width, width)
-      windows_gpu.write(y, out_tile, dy.at[mine, columns])
-
-    plgpu.emit_pipeline(
-      step,
-      grid=(channels // width,),
-      in_specs=[hopper.tile_spec((width, channels), lambda i: (i, 0))],
-      max_concurrent_steps=2,
-    )(kernel)
-    plgpu.wait_smem_to_gmem(0)
-
-  out = jax.ShapeDtypeStruct((tokens, channels), dout.dtype)
-  sums = jax.ShapeDtypeStruct((tokens // rows, channels), jnp.float32)
-  return hopper.kernel(
-    body,
-    'project_gradient',
-    out_type=(out, out, sums),
-    scratch=(
-      hopper.tile(rows, channels),
-      hopper.vector(rows),
-      hopper.tile(rows, width),
-      plgpu.Barrier(num_arrivals=windows_gpu.num_copies(rows, window) + 1),
-    ),
-    grid={'rows': tokens // rows},
-    flops=2 * tokens * channels**2,
-    transcendentals=0,
-  )(dout, scale, kernel)

@@ -78,8 +78,8 @@ class Sizes:
 
   def shared(self, channels):
     """Returns tiles in shared memory, one for each warpgroup; see `own`."""
-    count = None if self.warpgroups == 1 else self.warpgroups
-    return hopper.tile(ROWS, channels, HEAD, count)
+    buffers = () if self.warpgroups == 1 else (self.warpgroups,)
+    return hopper.tile(ROWS, channels, HEAD, buffers)
 
   def own(self, tiles):
     """Returns the tile of the current warpgroup."""

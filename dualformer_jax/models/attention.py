@@ -161,14 +161,20 @@ class GlobalPyramidAttention(nn.Module):
 
     Returns None if there is none for the platform, the dtype or the sizes.
     """
+    shape = (batch, *self.grid, self.channels)
+    return find_branch(
+      shape, self.num_heads, self.compute, num_keys=self._num_keys()
+    )
+
+  def _num_keys(self) -> int:
+    """Returns the number of keys of a clip."""
     num_keys = 0
     for level in self.pooling_kernels or [()]:
       size = self.grid
       for kernel in level:
         size = tuple(n // k for n, k in zip(size, kernel, strict=True))
       num_keys += math.prod(size)
-    shape = (batch, *self.grid, self.channels)
-    return find_branch(shape, self.num_heads, self.compute, num_keys=num_keys)
+    return num_keys
 
   def find_projections(self, batch: int) -> FusedProjections | None:
     """Returns the projections as operations fused with norm and residual.
@@ -176,7 +182,10 @@ class GlobalPyramidAttention(nn.Module):
     Returns None if there are none for the platform, the dtype or the sizes.
     """
     shape = (batch, *self.grid, self.channels)
-    return find_projections(shape, None, self.compute)
+    sizes = [first for first, *_ in self.pooling_kernels]
+    return find_projections(
+      shape, None, self.compute, sizes, self.num_heads, self._num_keys()
+    )
 
   def project_fused(
     self,
@@ -187,6 +196,10 @@ class GlobalPyramidAttention(nn.Module):
   ) -> tuple[Float[Array, '...'], ...]:
     """Returns x, and queries, keys and values [n, l, c] of norm(x)."""
     layers, _ = self.weights(x.shape)
+    if projections.pooling:
+      pooling = self.pooling_weights(x.shape)
+      x, (q,), levels = projections.norm_pool_project(x, norm, layers, pooling)
+      return x, q, *self.project_levels(levels, train)
     x, (y, q) = projections.norm_project(x, norm, layers)
     return x, q, *self.project_keys(y.reshape(x.shape), train)
 

@@ -102,7 +102,7 @@ class Block(nn.Module):
 
     if self.remat == 'elementwise':
       project, project_fused, project_keys, project_levels, feed_forward = (
-        recompute.recomputed(function, self.compute, saved=('hidden',))
+        recompute.recomputed(function, self.compute, ('hidden', 'levels'))
         for function in (
           project,
           project_fused,
@@ -129,10 +129,14 @@ class Block(nn.Module):
       x = branch(x, scale(0), norm, *weights, keys)
     elif projections:
       x, *qkv = project_fused(self, x)
-      q, k, v = (y[None] for y in qkv)
-      y = attention(q, k, v, self.num_heads, self.compute)[0]
-      _, layer = self.attn.weights(x.shape)
-      x = projections.project_add(x, y, scale(0), layer)
+      layers, layer = self.attn.weights(x.shape)
+      if projections.attention:
+        norm = self.norm1.weights(x.shape)
+        x = projections.attend_add(x, qkv, scale(0), norm, layers[0], layer)
+      else:
+        q, k, v = (y[None] for y in qkv)
+        y = attention(q, k, v, self.num_heads, self.compute)[0]
+        x = projections.project_add(x, y, scale(0), layer)
     else:
       x = add_branch(x, scale(0), self.attn.attend(project(self, x)))
     return feed_forward(self, x)

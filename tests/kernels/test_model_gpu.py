@@ -18,10 +18,10 @@ FIELDS: dict[str, Any] = dict(
   num_heads=(2,),
   num_classes=5,
   num_frames=16,
-  image_size=16,
+  image_size=32,
   window=(8, 2, 4),
-  fine_sizes=((4, 2, 2),),
-  coarse_sizes=((2, 1, 1),),
+  fine_sizes=((8, 4, 4),),
+  coarse_sizes=(None,),
   drop_path_rate=0.2,
   # Recomputation does not support what the interpreter calls.
   remat='none',
@@ -32,12 +32,16 @@ KERNELS = {
   'mlp_forward',
   'mlp_input_gradient',
   'mlp_weight_gradients',
+  'norm_pool',
   'norm_project',
   'norm_project_gradient',
   'positional_conv',
   'positional_conv_gradient',
   'project_add',
   'project_gradient',
+  'short_attention',
+  'short_attention_key_gradients',
+  'short_attention_query_gradients',
   'window_branch',
   'window_branch_gradient',
 }
@@ -48,7 +52,7 @@ def test_model_agrees_with_reference(monkeypatch):
   if jax.__version_info__ < (0, 11):
     pytest.skip('this version of JAX has no interpreter of GPU kernels')
   rng = np.random.default_rng(0)
-  clips = rng.standard_normal((2, 16, 16, 16, 3)).astype(np.float32)
+  clips = rng.standard_normal((2, 16, 32, 32, 3)).astype(np.float32)
   weights = rng.standard_normal((2, 5)).astype(np.float32)
   model: Any = DualFormer(**FIELDS)
   variables = jax.jit(model.init)(jax.random.key(0), clips)

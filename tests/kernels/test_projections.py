@@ -13,8 +13,11 @@ import numpy as np
 import pytest
 
 from dualformer_jax.kernels import projections
+from dualformer_jax.kernels.attention import reference as attention_reference
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import reference
+from dualformer_jax.kernels.pooling import reference as pooling_reference
+from dualformer_jax.kernels.pooling import split_blocks
 from dualformer_jax.models import attention
 from dualformer_jax.models.dualformer import Block
 from tests import eight_devices
@@ -163,12 +166,34 @@ def plain_project_add(window, x, y, branch_scale, kernel, bias):
   return x + branch_scale[:, None, None, None, None] * y
 
 
-def find_plain(shape, window, compute):
+def plain_norm_pool_project(_, x, scale, bias, kernels, biases, pooling):
+  """Stands in for the kernels, on any platform."""
+  x, (y, *outputs) = plain_norm_project(None, x, scale, bias, kernels, biases)
+  levels = [
+    pooling_reference(split_blocks(y.reshape(x.shape), k.shape[:3]), k)
+    for k in pooling
+  ]
+  return x, outputs, levels
+
+
+def plain_attend_add(x, q, k, v, branch_scale, norm, query, layer):
+  """Stands in for the kernels, on any platform."""
+  del norm, query
+  y = attention_reference(q[None], k[None], v[None], num_heads=2)[0]
+  return plain_project_add(None, x, y, branch_scale, *layer)
+
+
+def find_plain(shape, window, compute, pooling=(), *_):
   """Stands in for `find_projections`."""
+  attention = types.SimpleNamespace(attend_add=plain_attend_add)
   module = types.SimpleNamespace(
-    norm_project=plain_norm_project, project_add=plain_project_add
+    norm_pool_project=plain_norm_pool_project,
+    norm_project=plain_norm_project,
+    project_add=plain_project_add,
   )
-  return projections.FusedProjections(module, compute, window)
+  return projections.FusedProjections(
+    module, compute, window, pooling, attention if pooling else None
+  )
 
 
 def run_block(window):
