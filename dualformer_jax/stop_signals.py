@@ -11,7 +11,6 @@ import time
 from typing import NoReturn
 
 from dualformer_jax import files
-from dualformer_jax.errors import UserError
 
 
 class StopSignals:
@@ -29,6 +28,7 @@ class StopSignals:
     self.exit_message = ''  # printed when the process ends
     self._is_exit_deferred = False
     self._finish: Callable[[], object] | None = None
+    self._is_ending = False  # `_finish` runs in another thread
     self._lock = threading.Lock()
 
   def install(self) -> None:
@@ -43,9 +43,20 @@ class StopSignals:
     threading.Thread(target=self._watch, args=(reader,), daemon=True).start()
 
   def defer_exit(self) -> None:
-    """Lets the first signal set `received`."""
+    """Lets the first signal set `received`; see `wait_if_ending`."""
     with self._lock:
       self._is_exit_deferred = True
+    self.wait_if_ending()
+
+  def wait_if_ending(self) -> None:
+    """Returns only if no signal has made another thread end the process.
+
+    What the main thread did meanwhile would be lost, or half recorded.
+    """
+    with self._lock:
+      is_ending = self._is_ending
+    if is_ending:
+      threading.Event().wait()
 
   def allow_exit(self, finish: Callable[[], object] | None = None) -> None:
     """Ends `defer_exit`; ends the process if a signal was received.
@@ -71,6 +82,7 @@ class StopSignals:
           threading.Thread(target=_replace_closed_pipes, daemon=True).start()
         elif not self._is_exit_deferred and finish is not None:
           self._print_work(received, 'saving')
+          self._is_ending = True
           thread = threading.Thread(
             target=self._finish_and_end, args=(finish, received), daemon=True
           )
@@ -87,7 +99,7 @@ class StopSignals:
     try:
       if finish is not None:
         finish()
-    except UserError as error:
+    except Exception as error:  # the main thread may wait for the end
       self.exit_message = f'\nerror: {error}'
     self._end_process(number)
 

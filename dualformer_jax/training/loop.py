@@ -237,6 +237,7 @@ def train_and_test(
       short_side=short_side,
       should_stop=stop.is_set,
     )
+    stop_signals.wait_if_ending()
     if scores is None:  # stopped; the next run validates this step
       return
     probabilities = metrics.mean_probabilities(

@@ -97,10 +97,27 @@ def _wait_for_signals():
       stop.allow_exit(
         finish=lambda: setattr(stop, 'exit_message', '; finished')
       )
+    if FLAGS.src == 'finishes elsewhere':
+      _finish_elsewhere()
     if FLAGS.src == 'finishes never':
       stop.allow_exit(finish=threading.Event().wait)
     # Computes for minutes without returning to Python.
     hashlib.pbkdf2_hmac('sha256', b'', b'', 2**30)
+
+
+def _finish_elsewhere():
+  """Trains on while another thread finishes a validation that was ended."""
+  stop, begun = command_line.stop_signals, threading.Event()
+
+  def finish():
+    begun.set()
+    time.sleep(0.5)
+    stop.exit_message = '; finished'
+
+  stop.allow_exit(finish)
+  begun.wait()
+  stop.defer_exit()
+  print('another step')
 
 
 def _run(
@@ -322,6 +339,7 @@ def _send(process: subprocess.Popen, sent: signal.Signals, count: int) -> None:
     ('defers', 1),
     ('hangs', 2),
     ('finishes', 1),
+    ('finishes elsewhere', 1),
     ('finishes never', 2),
   ],
 )
@@ -342,7 +360,8 @@ def test_signal_ends_a_command_in_one_line(tmp_path, sent, src, num_signals):
   assert process.returncode == 128 + sent
   assert output == 'result\n'
   *before, last = log.splitlines()
-  advice = 'finished' if src == 'finishes' else 'advice'
+  is_finished = src in ('finishes', 'finishes elsewhere')
+  advice = 'finished' if is_finished else 'advice'
   assert last == f'stopped by {sent.name}; {advice}'
   assert len(before) == (src != 'ends')
   assert os.listdir(tmp_path) == []

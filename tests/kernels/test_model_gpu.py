@@ -37,8 +37,6 @@ KERNELS = {
   'norm_project_gradient',
   'positional_conv',
   'positional_conv_gradient',
-  'project_add',
-  'project_gradient',
   'short_attention',
   'short_attention_key_gradients',
   'short_attention_query_gradients',
