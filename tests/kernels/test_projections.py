@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dualformer_jax.kernels import projections
-from dualformer_jax.kernels.attention import reference as attention_reference
+from dualformer_jax.kernels.attention import attention as attend
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import reference
 from dualformer_jax.kernels.pooling import reference as pooling_reference
@@ -179,7 +179,7 @@ def plain_norm_pool_project(_, x, scale, bias, kernels, biases, pooling):
 def plain_attend_add(x, q, k, v, branch_scale, norm, query, layer):
   """Stands in for the kernels, on any platform."""
   del norm, query
-  y = attention_reference(q[None], k[None], v[None], num_heads=2)[0]
+  y = attend(q[None], k[None], v[None], 2, Compute())[0]
   return plain_project_add(None, x, y, branch_scale, *layer)
 
 

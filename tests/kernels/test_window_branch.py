@@ -18,7 +18,6 @@ from dualformer_jax.kernels.layer_norm import reference as reference_norm
 from dualformer_jax.models import attention
 from tests import eight_devices
 from tests.kernels import float64, interpreted_gpu, test_projections
-from tests.kernels.test_projections import to_grid, to_windows
 
 NAMES = (
   'x',
@@ -55,11 +54,13 @@ def formula(window, x, dout, scale, norm, projections, proj):
   channels = x.shape[-1]
 
   def split(y):
-    tokens = to_windows(y, window[1:])
+    tokens = test_projections.to_windows(y, window[1:])
     return tokens.reshape(1, -1, np.prod(window), channels)
 
   def join(y):
-    return to_grid(y.reshape(-1, channels), window[1:], x.shape[1:4])
+    return test_projections.to_grid(
+      y.reshape(-1, channels), window[1:], x.shape[1:4]
+    )
 
   normed, norm_pullback = float64.layer_norm(x, *norm)
   outputs = [float64.linear(normed, *layer) for layer in projections]
@@ -176,13 +177,13 @@ def plain_branch(window, x, branch_scale, norm, projections, proj):
   windows, channels = window[1:], x.shape[-1]
   y = reference_norm(x, *norm)
   qkv = [
-    to_windows(y @ kernel + bias, windows).reshape(
+    test_projections.to_windows(y @ kernel + bias, windows).reshape(
       1, -1, np.prod(window), channels
     )
     for kernel, bias in projections
   ]
   y = reference_attention(*qkv, num_heads=2).reshape(-1, channels)
-  y = to_grid(y @ proj[0] + proj[1], windows, x.shape[1:4])
+  y = test_projections.to_grid(y @ proj[0] + proj[1], windows, x.shape[1:4])
   return x + branch_scale[:, None, None, None, None] * y
 
 
