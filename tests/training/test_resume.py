@@ -24,13 +24,13 @@ import pytest
 from tests import training_command
 
 pytestmark = pytest.mark.slow
-NUM_KILLS = 3
+NUM_KILLS = 4
 # 6 per epoch; more than the fastest machine does between kills.
-NUM_STEPS = 42
+NUM_STEPS = 54
 FLAGS = (
   *training_command.TINY,
   f'--config.num_epochs={NUM_STEPS // 6}',
-  '--config.validation.every_epochs=4',
+  '--config.validation.every_epochs=3',
   '--config.checkpoint.every_steps=4',
   '--config.log_every_steps=1',
   '--config.optimizer.learning_rate=0.005',
