@@ -1,7 +1,7 @@
 """Writes small datasets with TFDS: `python -m tests.levels_datasets FOLDER`.
 
-Each frame of the videos of `levels` is of one brightness, which tells the video
-and the frame: see `brightness`. There is also a small `motion`.
+Each frame of the videos of `levels` is of one brightness, which identifies the
+video and the frame: see `brightness`. There is also a small `motion`.
 """
 
 from __future__ import annotations

@@ -46,23 +46,8 @@ def find_branch(
     num_keys: keys of a clip without windows.
   """
   find = compute.choose(no_kernel, gpu=_find_gpu, tpu=_find_tpu)
-  return find(shape, num_heads, compute, window, num_keys)
-
-
-def _find_tpu(
-  shape: Sequence[int],
-  num_heads: int,
-  compute: Compute,
-  window: Size | None,
-  num_keys: int,
-) -> Branch | None:
-  """The kernel of attention_branch_tpu, on each device for its clips."""
-  batch, d, h, w, channels = shape
-  head = channels // num_heads
-  blocks = attention_branch_tpu.blocks(
-    clips_per_device(batch), (d, h, w), channels, head, window, num_keys
-  )
-  if compute.dtype != 'bfloat16' or blocks is None:
+  run = find(shape, num_heads, compute, window, num_keys)
+  if run is None:
     return None
 
   def branch(
@@ -74,24 +59,44 @@ def _find_tpu(
     keys: Sequence[Float[Array, 'b m c']] = (),
   ) -> Float[Array, 'b d h w c']:
     if branch_scale is None:
-      branch_scale = jnp.ones(batch)
-    matrices, biases = zip(*projections, proj, strict=True)
-
-    def run(x, branch_scale, keys, vectors, matrices):
-      tokens = x.reshape(len(x), math.prod(x.shape[1:4]), channels)
-      out = attention_branch_tpu.attention_branch(
-        tokens, branch_scale, keys, vectors, matrices, blocks, head
-      )
-      return out.reshape(x.shape)
-
+      branch_scale = jnp.ones(len(x))
     with jax.named_scope('attn'):
       return run_per_device(
         run,
         (x.astype(compute.dtype), branch_scale, tuple(keys)),
-        ((*norm, *biases), matrices),
+        (norm, tuple(projections), proj),
       )
 
   return branch
+
+
+# What these return takes (x, branch_scale, keys, norm, projections, proj) of
+# the clips of a device.
+def _find_tpu(
+  shape: Sequence[int],
+  num_heads: int,
+  compute: Compute,
+  window: Size | None,
+  num_keys: int,
+) -> Callable[..., Float[Array, 'b d h w c']] | None:
+  """The kernel of attention_branch_tpu."""
+  batch, d, h, w, channels = shape
+  head = channels // num_heads
+  blocks = attention_branch_tpu.blocks(
+    clips_per_device(batch), (d, h, w), channels, head, window, num_keys
+  )
+  if compute.dtype != 'bfloat16' or blocks is None:
+    return None
+
+  def run(x, branch_scale, keys, norm, projections, proj):
+    matrices, biases = zip(*projections, proj, strict=True)
+    tokens = x.reshape(len(x), math.prod(x.shape[1:4]), channels)
+    out = attention_branch_tpu.attention_branch(
+      tokens, branch_scale, keys, (*norm, *biases), matrices, blocks, head
+    )
+    return out.reshape(x.shape)
+
+  return run
 
 
 def _find_gpu(
@@ -100,8 +105,8 @@ def _find_gpu(
   compute: Compute,
   window: Size | None,
   num_keys: int,
-) -> Branch | None:
-  """The kernel of window_branch_gpu, on each device for its clips."""
+) -> Callable[..., Float[Array, 'b d h w c']] | None:
+  """The kernel of window_branch_gpu."""
   module = hopper_kernels('window_branch_gpu', compute)
   batch, *grid, channels = shape
   if module is None or not module.fits(
@@ -113,22 +118,9 @@ def _find_gpu(
   ):
     return None
 
-  def branch(
-    x: Float[Array, 'b d h w c'],
-    branch_scale: Float[Array, 'b'] | None,
-    norm: Weights,
-    projections: Sequence[Weights],
-    proj: Weights,
-    keys: Sequence[Float[Array, 'b m c']] = (),
-  ) -> Float[Array, 'b d h w c']:
-    if branch_scale is None:
-      branch_scale = jnp.ones(batch)
+  def run(x, branch_scale, keys, *weights):
+    del keys  # those of windows are projections of x
+    scale = branch_scale.astype(jnp.float32)
+    return module.window_branch(window, x, scale, *weights)
 
-    def run(*operands):
-      return module.window_branch(window, *operands)
-
-    with jax.named_scope('attn'):
-      operands = x.astype(compute.dtype), branch_scale.astype(jnp.float32)
-      return run_per_device(run, operands, (norm, tuple(projections), proj))
-
-  return branch
+  return run

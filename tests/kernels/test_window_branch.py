@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dualformer_jax.kernels import attention_branch
+from dualformer_jax.kernels import attention_branch, dispatch
 from dualformer_jax.kernels.attention import reference as reference_attention
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import reference as reference_norm
@@ -192,8 +192,11 @@ def find_plain(shape, num_heads, compute, window=None, num_keys=0):
   module = types.SimpleNamespace(
     fits=lambda *sizes: sizes[-1] is not None, window_branch=plain_branch
   )
-  with mock.patch.object(attention_branch, 'hopper_kernels', lambda *_: module):
-    return attention_branch._find_gpu(
+  with (
+    mock.patch.object(attention_branch, 'hopper_kernels', lambda *_: module),
+    mock.patch.object(dispatch, 'platform', lambda: 'gpu'),
+  ):
+    return attention_branch.find_branch(
       shape, num_heads, compute, window, num_keys
     )
 
