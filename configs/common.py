@@ -67,7 +67,7 @@ def get_config() -> config_dict.ConfigDict:
         'num_threads': 16,  # to read and decode videos
         # Processes that read training clips instead of these threads, of which
         # Python runs only one at a time for a fifth of their work. 0: none; -1:
-        # as many as threads, on a host of 8 or more cores.
+        # as many as threads or cores, if a GPU or TPU trains.
         'reader_processes': -1,
         'prefetch': 2,  # batches
       },

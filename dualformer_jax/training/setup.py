@@ -32,8 +32,6 @@ from dualformer_jax.training.state import TrainState, init_state
 # An ml_collections.ConfigDict, whose fields type checkers cannot know.
 Config = Any
 TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
-# With fewer cores, processes cost more than they gain.
-_CORES_FOR_PROCESSES = 8
 
 
 @functools.cache  # All splits share its limit.
@@ -344,17 +342,24 @@ def make_train_loader(
     config.batch_size,
     sharding.local_batch_indices(training.mesh, config.batch_size),
   )
-  num_processes = dataset.reader_processes
-  if num_processes < 0:
-    is_large = len(os.sched_getaffinity(0)) >= _CORES_FOR_PROCESSES
-    num_processes = dataset.num_threads if is_large else 0
   return loader.TrainLoader(
     data,
     preprocessing,
     options,
     host_batch,
     num_threads=dataset.num_threads,
-    num_processes=num_processes,
+    num_processes=_reader_processes(
+      dataset, training.mesh.devices.flat[0].platform
+    ),
     prefetch=dataset.prefetch,
     token_labels=teacher.stored if teacher else None,
   )
+
+
+def _reader_processes(dataset: Config, platform: str) -> int:
+  """Returns the number of processes that read clips; 0 is for threads."""
+  if dataset.reader_processes >= 0:
+    return dataset.reader_processes
+  # Steps on a CPU take all of its cores, so that reading is a small part.
+  cores = 0 if platform == 'cpu' else len(os.sched_getaffinity(0))
+  return min(cores, dataset.num_threads)

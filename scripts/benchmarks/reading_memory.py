@@ -1,15 +1,17 @@
-"""Plots memory and open files of a process that reads many clips.
+"""Plots memory and open files of the processes that read many clips.
 
   python scripts/benchmarks/reading_memory.py --config=configs/motion.py \
     --clips=20000 --out=docs/reading_memory.png
 
 Reads the training split of the config's dataset for several epochs, as training
-does. Prints both figures at the start, in the middle and at the end.
+does: with threads, or with --config.dataset.reader_processes=N. Prints both
+figures at the start, in the middle and at the end.
 """
 
+import multiprocessing
 import os
 import pathlib
-import resource
+import re
 
 from absl import flags
 import cv2
@@ -33,10 +35,16 @@ def define_flags() -> None:
   flags.mark_flag_as_required('config')
 
 
-def resident_mb() -> float:
-  """Returns the resident memory of this process."""
-  pages = int(pathlib.Path('/proc/self/statm').read_text().split()[1])
-  return pages * resource.getpagesize() / 1e6
+def memory_mb() -> float:
+  """Returns the memory of this process and its readers, shared pages once."""
+  total = 0
+  for process in (
+    os.getpid(),
+    *(c.pid for c in multiprocessing.active_children()),
+  ):
+    maps = pathlib.Path(f'/proc/{process}/smaps_rollup').read_text()
+    total += int(re.findall(r'^Pss: +(\d+) kB', maps, re.MULTILINE)[0])
+  return total * 1024 / 1e6
 
 
 def plot(counts: list[int], memory: list[float]) -> np.ndarray:
@@ -90,15 +98,16 @@ def main() -> None:
     ),
     loader.HostBatch(config.batch_size),
     num_threads=dataset.num_threads,
+    num_processes=max(0, dataset.reader_processes),
     prefetch=dataset.prefetch,
   )
   counts, memory, files = [], [], []
   batches = -(-FLAGS.clips // config.batch_size)
   for number in tqdm.trange(batches, unit=' batches', mininterval=1.0):
     next(clips)
-    if number >= 10:  # Threads have started, and buffers are full.
+    if number >= 10:  # Readers have started, and buffers are full.
       counts.append((number + 1) * config.batch_size)
-      memory.append(resident_mb())
+      memory.append(memory_mb())
       files.append(len(os.listdir('/proc/self/fd')))
   clips.close()
   for i in (0, len(counts) // 2, len(counts) - 1):

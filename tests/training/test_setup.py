@@ -1,9 +1,11 @@
 """Objects built from a config, and errors of configs that do not fit."""
 
 import json
+import os
 import pathlib
 import runpy
 import shutil
+import types
 from typing import Any
 
 import jax
@@ -74,6 +76,25 @@ def test_batches_of_the_loader_are_like_the_abstract_batch(
   assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
     name: (x.shape, x.dtype) for name, x in training.abstract_batch().items()
   }
+
+
+@pytest.mark.parametrize(
+  ('reader_processes', 'num_threads', 'platform', 'expected'),
+  [
+    (3, 8, 'cpu', 3),
+    (0, 8, 'gpu', 0),
+    (-1, 8, 'cpu', 0),
+    (-1, 1, 'gpu', 1),
+    (-1, 10_000, 'tpu', len(os.sched_getaffinity(0))),
+  ],
+)
+def test_number_of_reader_processes(
+  reader_processes, num_threads, platform, expected
+):
+  dataset = types.SimpleNamespace(
+    reader_processes=reader_processes, num_threads=num_threads
+  )
+  assert setup._reader_processes(dataset, platform) == expected
 
 
 def test_normalization_is_resolved_in_a_copy():
