@@ -16,9 +16,13 @@ import pytest
 
 from dualformer_jax import command_line
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
+from tests import xla_flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
+# As in scripts/test.sh: runs in this process and in others are to agree to the
+# bit.
+os.environ.setdefault('XLA_FLAGS', xla_flags.fast_compilation(0))
 # JAX's tracing makes many objects that live: searching them for cycles as often
 # as Python does by default is a tenth of the tests' time.
 gc.set_threshold(100_000, 50, 1000)
@@ -37,13 +41,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   items.sort(key=lambda item: item.path not in slow_files)
 
 
-@pytest.fixture(autouse=True)
-def _check_shapes_in_fast_tests(
-  request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-  """Leaves checks of shapes and types, which take time, to the fast tests."""
-  if request.node.get_closest_marker('slow'):
-    monkeypatch.setattr(jaxtyping.config, 'jaxtyping_disable', True)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  """Leaves checks of shapes and types, which take time, to the fast tests.
+
+  Not a fixture, as those of modules are made before those of tests.
+  """
+  is_slow = item.get_closest_marker('slow') is not None
+  jaxtyping.config.update('jaxtyping_disable', is_slow)
 
 
 @pytest.fixture(autouse=True)
