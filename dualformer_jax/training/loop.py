@@ -91,7 +91,7 @@ def train_and_test(
   train_data = setup.open_split(config, dataset.train_split)
   validation_data = setup.open_split(config, dataset.validation_split)
   clips_per_epoch = dataset.repeats * len(train_data)
-  steps_per_epoch = max(1, clips_per_epoch // config.batch_size)
+  steps_per_epoch = setup.count_steps(config, train_data)
   if clips_per_epoch < config.batch_size:
     _LOG.warning(
       'batch_size is %d, but an epoch has %d clips (training videos times '

@@ -41,7 +41,11 @@ def profile(
   data = setup.open_split(config, config.dataset.train_split)
   teacher = setup.make_teacher(config, data)
   training = setup.make_training(
-    config, num_classes=len(data.class_names), teacher=teacher
+    config,
+    num_classes=len(data.class_names),
+    # As in training, which then finds the compiled step in the cache.
+    steps_per_epoch=setup.count_steps(config, data),
+    teacher=teacher,
   )
   mesh = training.mesh
   jax.set_mesh(mesh)

@@ -163,6 +163,11 @@ def make_teacher(
   return None
 
 
+def count_steps(config: Config, data: PreparedDataset) -> int:
+  """Returns the number of steps of an epoch: at least one."""
+  return max(1, config.dataset.repeats * len(data) // config.batch_size)
+
+
 def make_model(config: Config, num_classes: int = 0) -> DualFormer:
   """Returns the model; `num_classes` replaces 0 in `config.model`."""
   fields = config.model.to_dict()
