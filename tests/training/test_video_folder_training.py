@@ -79,14 +79,13 @@ def _data_dir(videos, tmp_path_factory) -> pathlib.Path:
 
 
 @pytest.fixture(scope='module', name='workdir')
-def _workdir(data_dir, compilation_cache, tmp_path_factory) -> pathlib.Path:
+def _workdir(data_dir, tmp_path_factory) -> pathlib.Path:
   workdir = tmp_path_factory.mktemp('trained')
-  done = training_command.run(
+  done = training_command.run_here(
     *FLAGS,
     f'--config.dataset.data_dir={data_dir}',
     config='video_folder',
     workdir=workdir,
-    cache=compilation_cache,
   )
   assert done.returncode == 0, done.stderr
   return workdir
