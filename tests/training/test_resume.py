@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent import futures
 import dataclasses
-import itertools
 import json
 import pathlib
 import random
@@ -24,21 +23,21 @@ import pytest
 from tests import training_command
 
 pytestmark = pytest.mark.slow
-NUM_KILLS = 4
 # 6 per epoch; more than the fastest machine does between kills.
 NUM_STEPS = 54
 FLAGS = (
   *training_command.TINY,
   f'--config.num_epochs={NUM_STEPS // 6}',
   '--config.validation.every_epochs=3',
-  '--config.checkpoint.every_steps=4',
+  '--config.checkpoint.every_steps=8',
   '--config.log_every_steps=1',
   '--config.optimizer.learning_rate=0.005',
 )
-# The signals sent in a series of processes, in turn.
+# The signals sent in a series of processes.
 SERIES = {
-  'killed': (signal.SIGKILL,),
-  'stopped': (signal.SIGINT, signal.SIGTERM),
+  'killed': 3 * (signal.SIGKILL,),
+  # Of these, at least two have something to save.
+  'stopped': 2 * (signal.SIGINT, signal.SIGTERM),
 }
 
 
@@ -64,13 +63,13 @@ class Death:
   seconds: float  # from the signal to the end
 
 
-def random_moments(seed: int) -> list[Moment]:
+def random_moments(seed: int, count: int) -> list[Moment]:
   """Returns one after a checkpoint, one before the first line, and others."""
   rng = random.Random(seed)
   early = [Moment(0, rng.uniform(0.0, 6.0))]
   late = [
     Moment(rng.randint(1, 10), rng.uniform(0.0, 0.2))
-    for _ in range(NUM_KILLS - len(early) - 1)
+    for _ in range(count - len(early) - 1)
   ]
   moments = early + late
   rng.shuffle(moments)
@@ -134,7 +133,7 @@ def run_until(
 class Run:
   workdir: pathlib.Path
   deaths: list[Death]
-  log: str  # of the last process, which was not killed
+  log: str  # of the last start, which was not killed
 
 
 @pytest.fixture(scope='module', name='runs')
@@ -146,25 +145,25 @@ def _runs(
   flags = (*FLAGS, f'--config.dataset.data_dir={motion_dataset}')
 
   def finish(workdir: pathlib.Path) -> str:
-    done = training_command.run(
-      *flags, workdir=workdir, cache=compilation_cache
-    )
+    done = training_command.run_here(*flags, workdir=workdir)
     assert done.returncode == 0, done.stderr
     return done.stderr
 
-  def interrupted(name: str) -> Run:
-    workdir = root / name
-    moments = random_moments(seed=len(SERIES[name]))
-    deaths = [
-      run_until(moment, sent, workdir, flags=flags, cache=compilation_cache)
-      for moment, sent in zip(moments, itertools.cycle(SERIES[name]))
+  def interrupt(name: str) -> list[Death]:
+    moments = random_moments(
+      seed=len(set(SERIES[name])), count=len(SERIES[name])
+    )
+    return [
+      run_until(moment, sent, root / name, flags=flags, cache=compilation_cache)
+      for moment, sent in zip(moments, SERIES[name], strict=True)
     ]
-    return Run(workdir, deaths, finish(workdir))
 
   # First, so that the others find its compiled programs in the cache.
   runs = {'whole': Run(root / 'whole', [], finish(root / 'whole'))}
   with futures.ThreadPoolExecutor(2) as pool:
-    runs |= dict(zip(SERIES, pool.map(interrupted, SERIES), strict=True))
+    deaths = dict(zip(SERIES, pool.map(interrupt, SERIES), strict=True))
+  for name in SERIES:
+    runs[name] = Run(root / name, deaths[name], finish(root / name))
   return runs
 
 
