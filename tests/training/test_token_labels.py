@@ -26,8 +26,9 @@ from dualformer_jax.training import teacher as token_labels
 from dualformer_jax.training.state import init_state
 from tests import in_process, reference_arrays, training_command
 
+# Little to compile.
 FIELDS: dict[str, Any] = dict(
-  depths=(2,),
+  depths=(1,),
   embed_dims=(16,),
   num_heads=(2,),
   num_classes=8,
@@ -35,14 +36,12 @@ FIELDS: dict[str, Any] = dict(
   image_size=32,
   window=(8, 4, 4),
   fine_sizes=((8, 4, 4),),
-  coarse_sizes=((4, 2, 2),),
+  coarse_sizes=(None,),
   dtype='float32',
 )
 HEAD: dict[str, Any] = {'token_label': True}
-# Little to compile.
-ONE_BLOCK: dict[str, Any] = {**FIELDS, 'depths': (1,), 'coarse_sizes': (None,)}
 # The flags of a student like that.
-STUDENT = (*training_command.TINY, '--config.model.token_label=True')
+STUDENT = (*training_command.ONE_BLOCK, '--config.model.token_label=True')
 
 
 @pytest.mark.parametrize('case', ['same', 'ratio'])
@@ -113,8 +112,8 @@ def batch_of(frames: int = 16, rows: int = 2) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_teacher_is_constant_and_has_no_gradient():
   # Wide, so that gradients or kept activations would show in the memory.
-  wide = {**ONE_BLOCK, 'embed_dims': (512,), 'remat': 'none'}
-  teacher, student = DualFormer(**wide), DualFormer(**ONE_BLOCK, **HEAD)
+  wide = {**FIELDS, 'embed_dims': (512,), 'remat': 'none'}
+  teacher, student = DualFormer(**wide), DualFormer(**FIELDS, **HEAD)
   init = jax.jit(lambda: init_state(teacher, optax.sgd(0.1), seed=2))
   variables = init().variables()
   train_step, state = make_step(teacher, student)
@@ -150,8 +149,8 @@ def test_teacher_is_constant_and_has_no_gradient():
 
 @pytest.mark.slow
 def test_teacher_with_more_frames_sees_all_of_them():
-  teacher = DualFormer(**ONE_BLOCK)
-  student = DualFormer(**{**ONE_BLOCK, 'num_frames': 8}, **HEAD)
+  teacher = DualFormer(**FIELDS)
+  student = DualFormer(**{**FIELDS, 'num_frames': 8}, **HEAD)
   init = jax.jit(lambda: init_state(teacher, optax.sgd(0.1), seed=2))
   variables = init().variables()
   train_step, state = make_step(teacher, student)
