@@ -122,7 +122,7 @@ def test_non_finite_loss_names_videos_and_last_checkpoint(
   motion_dataset, tmp_path
 ):
   flags = (
-    *training_command.TINY,
+    *training_command.ONE_BLOCK,
     f'--config.dataset.data_dir={motion_dataset}',
     '--config.checkpoint.every_steps=1',
     '--config.num_epochs=2',

@@ -79,9 +79,13 @@ def _trained(motion_dataset, compilation_cache, tmp_path_factory):
 def _train(tmp_path):
   """Trains in this process, in a new workdir unless one is given."""
 
-  def train(*flags: str, workdir: pathlib.Path | None = None):
+  def train(
+    *flags: str,
+    model: tuple[str, ...] = training_command.TINY,
+    workdir: pathlib.Path | None = None,
+  ):
     return training_command.run_here(
-      *training_command.TINY, *flags, workdir=workdir or tmp_path / 'workdir'
+      *model, *flags, workdir=workdir or tmp_path / 'workdir'
     )
 
   return train
@@ -382,6 +386,7 @@ def test_multi_label_dataset_has_map(train, prepared_datasets, tmp_path):
   done = train(
     *levels_flags(prepared_datasets, 'levels_multi'),
     '--config.dataset.multi_label=True',
+    model=training_command.ONE_BLOCK,
   )
   assert done.returncode == 0, done.stderr
   workdir = tmp_path / 'workdir'
