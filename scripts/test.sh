@@ -18,6 +18,9 @@ export JAX_PLATFORMS=cpu
 flags=$("$python" -c 'from tests import xla_flags
 print(xla_flags.fast_compilation(0))')
 export XLA_FLAGS="$flags ${XLA_FLAGS-}"
+# NumPy's threads wait for each other, busily, where the processors have others
+# to run: products of small matrices then take 20 times as long.
+export OPENBLAS_NUM_THREADS=1
 # Compiled programs are shared by the processes, and kept for the next run. Only
 # with a maximal size (in bytes) do processes lock the folder.
 export JAX_COMPILATION_CACHE_DIR=$venv/compiled_tests
