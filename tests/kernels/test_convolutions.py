@@ -138,11 +138,9 @@ def test_positional_conv_and_gradients(kernels):
 def test_gpu_kernels_of_positional_conv(monkeypatch, shape, programs):
   if jax.__version_info__ < (0, 11):
     pytest.skip('this version of JAX has no interpreter of GPU kernels')
-  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
-  module = importlib.import_module('dualformer_jax.kernels.depthwise_conv_gpu')
-  monkeypatch.setattr(module, '_PROGRAMS', programs)
-  assert module.fits(*shape[1:])
-  with plgpu.force_gpu_interpret_mode():
+  with interpreted_gpu.interpreted('depthwise_conv_gpu') as module:
+    monkeypatch.setattr(module, '_PROGRAMS', programs)
+    assert module.fits(*shape[1:])
     assert_equals_formula(module.positional_conv, shape, 'bfloat16')
 
 

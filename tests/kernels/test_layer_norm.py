@@ -10,6 +10,7 @@ import pytest
 
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import layer_norm, reference
+from tests.kernels import interpreted_gpu
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -67,9 +68,6 @@ def test_layer_norm_and_gradients(kernels, dtype):
 def test_gpu_kernels_and_gradients(channels):
   if jax.__version_info__ < (0, 11):
     pytest.skip('this version of JAX has no interpreter of GPU kernels')
-  plgpu = importlib.import_module('jax.experimental.pallas.mosaic_gpu')
-  module = importlib.import_module('dualformer_jax.kernels.layer_norm_gpu')
-  assert module.fits(128, channels)
   rng = np.random.default_rng(0)
   x = 30 * rng.standard_normal((128, 1)) + rng.standard_normal((128, channels))
   scale, bias, dy = (
@@ -85,7 +83,8 @@ def test_gpu_kernels_and_gradients(channels):
   with jax.enable_x64(True):
     exact = (jnp.asarray(a, 'float64') for a in (x, scale, bias, dy))
     expected = [np.asarray(e) for e in run(reference, *exact)]
-  with plgpu.force_gpu_interpret_mode():
+  with interpreted_gpu.interpreted('layer_norm_gpu') as module:
+    assert module.fits(128, channels)
     actual = run(module.layer_norm, x, scale, bias, dy)
   tolerances = (2**-8, 2**-8, 1e-5, 1e-5)  # sums over tokens are float32
   for a, e, tolerance in zip(actual, expected, tolerances, strict=True):
