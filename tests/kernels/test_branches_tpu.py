@@ -22,6 +22,7 @@ from dualformer_jax.kernels import (
 )
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.models.dualformer import DualFormer
+from tests import random_variables
 from tests.kernels import float64
 from tests.kernels.interpreted_tpu import tpu_fixture  # noqa: F401
 
@@ -247,8 +248,7 @@ FIELDS: dict[str, Any] = dict(
 @pytest.mark.slow
 def test_model_agrees_with_reference():
   clips, weights = draw((8, 4, 16, 16, 3), (8, 5))
-  model: Any = DualFormer(**FIELDS)
-  variables = jax.jit(model.init)(jax.random.key(0), clips)
+  variables = random_variables.draw(DualFormer(**FIELDS))
 
   def run(dtype, kernels, remat='none'):
     model: Any = DualFormer(**FIELDS, remat=remat, dtype=dtype, kernels=kernels)
@@ -263,20 +263,16 @@ def test_model_agrees_with_reference():
       )
       return jnp.sum(output.logits * weights)
 
-    return jax.jit(jax.value_and_grad(loss))(variables['params'])
+    results = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(results)]
+    return np.concatenate(leaves)
 
   expected = run('float32', 'reference')
 
-  def error(kernels, remat='none'):
-    actual = run('bfloat16', kernels, remat)
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    difference = jax.tree.map(jnp.subtract, actual, expected)
-    return math.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(difference)))
-
-  # All round to bfloat16, but not the same arrays.
-  largest = 2 * error('reference')
   for remat in ('elementwise', 'block'):
-    assert error('auto', remat) < largest
+    difference = run('bfloat16', 'auto', remat) - expected
+    # The reference in bfloat16 differs by 8e-3, but rounds other arrays.
+    assert np.linalg.norm(difference) < 1.5e-2 * np.linalg.norm(expected)
 
 
 def test_captured_layers_are_called():

@@ -1,7 +1,6 @@
 """A whole model with all kernels for Hopper GPUs, interpreted."""
 
 import importlib
-import math
 from typing import Any
 
 import jax
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 
 from dualformer_jax.models.dualformer import DualFormer
+from tests import random_variables
 from tests.kernels import interpreted_gpu
 
 FIELDS: dict[str, Any] = dict(
@@ -52,8 +52,7 @@ def test_model_agrees_with_reference(monkeypatch):
   rng = np.random.default_rng(0)
   clips = rng.standard_normal((2, 16, 32, 32, 3)).astype(np.float32)
   weights = rng.standard_normal((2, 5)).astype(np.float32)
-  model: Any = DualFormer(**FIELDS)
-  variables = jax.jit(model.init)(jax.random.key(0), clips)
+  variables = random_variables.draw(DualFormer(**FIELDS))
 
   def run(dtype, kernels):
     model: Any = DualFormer(**FIELDS, dtype=dtype, kernels=kernels)
@@ -68,17 +67,12 @@ def test_model_agrees_with_reference(monkeypatch):
       )
       return jnp.sum(output.logits * weights)
 
-    return jax.jit(jax.value_and_grad(loss))(variables['params'])
+    results = jax.jit(jax.value_and_grad(loss))(variables['params'])
+    leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(results)]
+    return np.concatenate(leaves)
 
   expected = run('float32', 'reference')
 
-  def error(kernels):
-    actual = run('bfloat16', kernels)
-    difference = jax.tree.map(jnp.subtract, actual, expected)
-    return math.sqrt(sum(jnp.sum(x**2) for x in jax.tree.leaves(difference)))
-
-  # Both round to bfloat16, but not the same arrays.
-  largest = 2 * error('reference')
   interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
   module = importlib.import_module('dualformer_jax.kernels.window_branch_gpu')
   monkeypatch.setattr(module, '_MIN_WINDOWS', 1)
@@ -86,5 +80,7 @@ def test_model_agrees_with_reference(monkeypatch):
     interpreted_gpu.interpreted('hopper'),
     interpreted_gpu.names_of_kernels() as names,
   ):
-    assert error('experimental') < largest
+    difference = run('bfloat16', 'experimental') - expected
+  # The reference in bfloat16 rounds more arrays, and differs by 2.6e-2.
+  assert np.linalg.norm(difference) < 2e-2 * np.linalg.norm(expected)
   assert names == KERNELS

@@ -20,7 +20,7 @@ from dualformer_jax.kernels.pooling import reference as pooling_reference
 from dualformer_jax.kernels.pooling import split_blocks
 from dualformer_jax.models import attention
 from dualformer_jax.models.dualformer import Block
-from tests import eight_devices
+from tests import eight_devices, random_variables
 from tests.kernels import float64, interpreted_gpu
 
 
@@ -203,9 +203,9 @@ def run_block(window):
   )
   x, dout = draw((8, 8, 4, 4, 16), (8, 8, 4, 4, 16))
   scales = jnp.linspace(0.5, 1.5, 16).reshape(2, 8)
-  variables = block.init(jax.random.key(0), x, False)
-  # Initial biases are zero.
-  params = jax.tree.map(lambda p: p + 0.1, variables['params'])
+  init = functools.partial(block.init, train=False)
+  shapes = jax.eval_shape(init, jax.random.key(0), x)
+  variables = random_variables.draw_like(shapes)
 
   @jax.jit
   def run(params, x, dout):
@@ -215,7 +215,7 @@ def run_block(window):
     out, vjp = jax.vjp(apply, params, x)
     return out, vjp(dout)
 
-  return jax.tree.leaves(run(params, x, dout))
+  return jax.tree.leaves(run(variables['params'], x, dout))
 
 
 def block_errors(window):
