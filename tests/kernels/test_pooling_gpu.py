@@ -9,7 +9,12 @@ import pytest
 
 from dualformer_jax.kernels.pooling import split_blocks
 from tests.kernels import float64, interpreted_gpu
-from tests.kernels.test_projections import assert_agree, draw, exact
+from tests.kernels.test_projections import (
+  assert_agree,
+  draw,
+  exact,
+  with_gradients,
+)
 
 
 def pooled(x, kernels, dlevels):
@@ -66,10 +71,13 @@ def test_norm_pool_project_and_gradients(shape, sizes):
   )
   with interpreted_gpu.interpreted('projections_gpu') as module:
     plan = module.find_pooling(batch, tuple(grid), channels, sizes)
-    (x_out, (y,), levels), vjp = jax.vjp(
-      functools.partial(module.norm_pool_project, plan), x, *weights
+    outputs, gradients = with_gradients(
+      functools.partial(module.norm_pool_project, plan),
+      (x, *weights),
+      (dx, [dy], dlevels),
     )
-    *gradients, (dkernel,), (dbias,), dpooling = vjp((dx, [dy], dlevels))
+  x_out, (y,), levels = outputs
+  *gradients, (dkernel,), (dbias,), dpooling = gradients
   actual = x_out, y, *levels, *gradients, dkernel, dbias, *dpooling
   operands = x, 1 + 0.3 * scale, bias, kernel, layer_bias, pooling
   expected = norm_pool_project(exact(operands), exact((dx, dy, dlevels)))

@@ -85,6 +85,17 @@ def assert_agree(actual, expected):
     assert error <= 2**-7 * np.abs(e).max(), index
 
 
+def with_gradients(function, operands, gradients):
+  """Returns the outputs, and the gradients of the operands."""
+
+  @jax.jit
+  def run(operands, gradients):
+    outputs, vjp = jax.vjp(function, *operands)
+    return outputs, vjp(gradients)
+
+  return run(operands, gradients)
+
+
 def exact(tree):
   return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
 
@@ -114,10 +125,9 @@ def test_norm_project_and_gradients(module, window, channels):
   weights = 1 + 0.3 * scale, bias, tuple(layers[2:]), tuple(layers[:2])
   dys = draw(*[(x.size // channels, channels)] * (2 + (window is None)))
   dys = [dy.astype('bfloat16') for dy in dys]
-  (x_out, ys), vjp = jax.vjp(
-    functools.partial(module.norm_project, window), x, *weights
+  (x_out, ys), (*gradients, dkernels, dbiases) = with_gradients(
+    functools.partial(module.norm_project, window), (x, *weights), (dx, dys)
   )
-  *gradients, dkernels, dbiases = vjp((dx, dys))
   actual = x_out, *ys, *gradients, *dkernels, *dbiases
   assert_agree(actual, norm_project(window, *exact((x, *weights, dx, dys))))
 
@@ -130,8 +140,9 @@ def test_project_add_and_gradients(module, window, channels):
   (y,) = draw((x.size // channels, channels), dtype='bfloat16')
   kernel, bias = draw((channels, channels), channels)
   operands = x, y, jnp.array([0.75, 1.5]), kernel, bias
-  out, vjp = jax.vjp(functools.partial(module.project_add, window), *operands)
-  dx, dy, _, dkernel, dbias = vjp(dout)
+  out, (dx, dy, _, dkernel, dbias) = with_gradients(
+    functools.partial(module.project_add, window), operands, dout
+  )
   expected = project_add(window, *exact((*operands, dout)))
   assert_agree((out, dx, dy, dkernel, dbias), expected)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.kernels import float64, interpreted_gpu
-from tests.kernels.test_projections import draw, exact
+from tests.kernels.test_projections import draw, exact, with_gradients
 
 HEAD = 32
 
@@ -56,9 +56,8 @@ def test_attend_add_and_gradients(batch, grid, channels, keys):
     def run(x, q, k, v, proj):
       return module.attend_add(x, q, k, v, branch_scale, norm, query, proj)
 
-    inferred = run(x, q, k, v, proj)
-    out, vjp = jax.vjp(run, x, q, k, v, proj)
-    dx, *gradients, dproj = vjp(dout)
+    inferred = jax.jit(run)(x, q, k, v, proj)
+    out, (dx, *gradients, dproj) = with_gradients(run, (x, q, k, v, proj), dout)
   expected = attend_add(
     *exact((x, k, v, branch_scale, norm, query, proj, dout))
   )
