@@ -16,6 +16,7 @@ from dualformer_jax.kernels.depthwise_conv import (
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.pooling import pool
 from tests.kernels import interpreted_gpu
+from tests.kernels.test_projections import with_gradients
 
 
 def convolution(x, kernel, strides, padding):
@@ -31,13 +32,11 @@ def convolution(x, kernel, strides, padding):
 
 def assert_agree(function, expected, *operands):
   """Compares outputs and gradients of two functions."""
-  y, vjp = jax.vjp(function, *operands)
-  expected_y, expected_vjp = jax.vjp(expected, *operands)
+  shape = jax.eval_shape(expected, *operands).shape
   rng = np.random.default_rng(1)
-  dy = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
-  for actual, e in zip(
-    (y, *vjp(dy)), (expected_y, *expected_vjp(dy)), strict=True
-  ):
+  dy = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  results = (with_gradients(f, operands, dy) for f in (function, expected))
+  for actual, e in zip(*map(jax.tree.leaves, results), strict=True):
     e = np.asarray(e)
     np.testing.assert_allclose(actual, e, rtol=0, atol=1e-5 * np.abs(e).max())
 
@@ -105,13 +104,15 @@ def assert_equals_formula(function, shape, dtype):
   kernel = jnp.asarray(0.3 * rng.standard_normal((3, 3, 3, shape[-1])), dtype)
   kernel = kernel.astype('float32')
   bias = jnp.asarray(rng.standard_normal(shape[-1]), 'float32')
-  y, vjp = jax.vjp(function, x, kernel, bias)
+  y, gradients = with_gradients(function, (x, kernel, bias), dy)
   exact = [np.asarray(a, np.float64) for a in (x, kernel, bias)]
   expected, pullback = positional_formula(*exact)
   expected = expected, *pullback(np.asarray(dy, np.float64))
   digits = 2**-8 if dtype == 'bfloat16' else 1e-6
   tolerances = digits, digits, 1e-6, 1e-6  # sums over tokens are float32
-  for a, e, tolerance in zip((y, *vjp(dy)), expected, tolerances, strict=True):
+  for a, e, tolerance in zip(
+    (y, *gradients), expected, tolerances, strict=True
+  ):
     error = np.abs(np.asarray(a, np.float64) - e).max()
     assert error <= tolerance * np.abs(e).max()
 

@@ -11,6 +11,7 @@ import pytest
 from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.kernels.layer_norm import layer_norm, reference
 from tests.kernels import interpreted_gpu
+from tests.kernels.test_projections import with_gradients
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
@@ -76,18 +77,17 @@ def test_gpu_kernels_and_gradients(channels):
   x, dy = (jnp.asarray(a, 'bfloat16') for a in (x, dy))
   scale, bias = (jnp.asarray(a, 'float32') for a in (scale, bias))
 
-  def run(function, *operands):
-    y, vjp = jax.vjp(function, *operands[:3])
-    return y, *vjp(operands[3])
-
   with jax.enable_x64(True):
-    exact = (jnp.asarray(a, 'float64') for a in (x, scale, bias, dy))
-    expected = [np.asarray(e) for e in run(reference, *exact)]
+    *exact, exact_dy = (jnp.asarray(a, 'float64') for a in (x, scale, bias, dy))
+    expected = with_gradients(reference, exact, exact_dy)
+    expected = [np.asarray(e) for e in jax.tree.leaves(expected)]
   with interpreted_gpu.interpreted('layer_norm_gpu') as module:
     assert module.fits(128, channels)
-    actual = run(module.layer_norm, x, scale, bias, dy)
+    actual = with_gradients(module.layer_norm, (x, scale, bias), dy)
   tolerances = (2**-8, 2**-8, 1e-5, 1e-5)  # sums over tokens are float32
-  for a, e, tolerance in zip(actual, expected, tolerances, strict=True):
+  for a, e, tolerance in zip(
+    jax.tree.leaves(actual), expected, tolerances, strict=True
+  ):
     error = np.abs(np.asarray(a, np.float64) - e).max()
     assert error <= tolerance * np.abs(e).max()
 
