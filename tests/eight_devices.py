@@ -58,8 +58,45 @@ def run(name: str, *arguments: object) -> str:
   return done.stdout
 
 
-def sharded_mlp_branch() -> None:
-  """Prints errors of a fused MLP branch whose clips are sharded."""
+def sharded_kernels() -> None:
+  """Prints the largest errors of fused operations whose clips are sharded.
+
+  All start from one process, which takes seconds.
+  """
+  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+  mesh = sharding.make_mesh(axes, 8)
+  window = 8, 2, 4
+  expected = test_projections.run_block(window)
+
+  def block(name, find):
+    with (
+      jax.set_mesh(mesh),
+      mock.patch.object(test_projections.attention, name, find),
+    ):
+      return largest_error(test_projections.run_block(window), expected)
+
+  errors = {
+    'MLP': mlp_branch(mesh),
+    'projections': block('find_projections', test_projections.find_plain),
+    'window branch': block('find_branch', test_window_branch.find_plain),
+  }
+  branches_of_tpus()
+  print(json.dumps(errors))
+
+
+def largest_error(actual: list[Any], expected: list[Any]) -> float:
+  """Returns the largest difference, relative to the arrays' largest values."""
+  errors = [
+    abs(a - e).max() / abs(e).max()
+    for a, e in zip(
+      map(np.asarray, actual), map(np.asarray, expected), strict=True
+    )
+  ]
+  return float(np.max(errors))
+
+
+def mlp_branch(mesh: jax.sharding.Mesh) -> float:
+  """Returns the largest error of a fused MLP branch."""
   arguments, dout = test_mlp.draw(8, 30, 16, 'float32')
   expected = test_mlp.run(test_mlp.formula, arguments, dout)
   module = types.SimpleNamespace(
@@ -70,50 +107,27 @@ def sharded_mlp_branch() -> None:
   def fused(*arguments):
     return mlp._fused(module, *arguments)
 
-  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
-  with (
-    jax.set_mesh(sharding.make_mesh(axes, 8)),
-    mock.patch.object(mlp, 'composed', fused),
-  ):
+  with jax.set_mesh(mesh), mock.patch.object(mlp, 'composed', fused):
     actual = test_mlp.run(test_mlp.branch(dispatch.Compute()), arguments, dout)
-  print(
-    json.dumps(
-      [
-        float(abs(a - e).max() / abs(e).max())
-        for a, e in zip(actual, expected, strict=True)
-      ]
-    )
-  )
+  return largest_error(actual, expected)
 
 
-def sharded_projections() -> None:
-  """Prints errors of blocks with fused projections whose clips are sharded."""
-  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
-  expected = test_projections.run_block((8, 2, 4))
-  with (
-    jax.set_mesh(sharding.make_mesh(axes, 8)),
-    mock.patch.object(
-      test_projections.attention,
-      'find_projections',
-      test_projections.find_plain,
-    ),
-  ):
-    actual = test_projections.run_block((8, 2, 4))
-  print(
-    json.dumps(
-      [
-        float(abs(a - e).max() / abs(e).max())
-        for a, e in zip(actual, expected, strict=True)
-      ]
-    )
-  )
+def branches_of_tpus() -> None:
+  """Asserts that kernels for TPUs on all devices agree with one."""
+  with interpreted_tpu.pretend():
+    x, dy, scale = test_branches_tpu.draw_branches()
+    expected = test_branches_tpu.run_branches(x, dy, scale)
+    axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
+    with jax.set_mesh(sharding.make_mesh(axes, batch_size=len(x))):
+      actual = test_branches_tpu.run_branches(x, dy, scale)
 
+  def compare(actual, expected):
+    actual, expected = np.float32(actual), np.float32(expected)
+    # Sums are in another order; the largest difference is one of bfloat16.
+    tolerance = 2**-7 * np.abs(expected).max()
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
-def sharded_window_branch() -> None:
-  """Prints errors of blocks with a fused branch whose clips are sharded."""
-  axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
-  mesh = sharding.make_mesh(axes, 8)
-  print(json.dumps(test_window_branch.block_errors(mesh)))
+  jax.tree.map(compare, actual, expected)
 
 
 def save_and_restore_elsewhere(folder: str) -> None:
@@ -333,25 +347,6 @@ def initial_state() -> None:
     jax.jit(init)(),
     jax.jit(init, out_shardings=where)(),
   )
-  print('the same')
-
-
-def branches_of_tpus() -> None:
-  """Runs kernels for TPUs on one device, and on all for their clips."""
-  with interpreted_tpu.pretend():
-    x, dy, scale = test_branches_tpu.draw_branches()
-    expected = test_branches_tpu.run_branches(x, dy, scale)
-    axes = {'data': 4, 'fsdp': 2, 'tensor': 1}
-    with jax.set_mesh(sharding.make_mesh(axes, batch_size=len(x))):
-      actual = test_branches_tpu.run_branches(x, dy, scale)
-
-  def compare(actual, expected):
-    actual, expected = np.float32(actual), np.float32(expected)
-    # Sums are in another order; the largest difference is one of bfloat16.
-    tolerance = 2**-7 * np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
-
-  jax.tree.map(compare, actual, expected)
   print('the same')
 
 

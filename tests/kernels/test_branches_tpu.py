@@ -309,10 +309,3 @@ def run_branches(x, dy, scale):
 def draw_branches():
   x, dy = draw(*[(64, 2, 4, 4, 64)] * 2, dtype='bfloat16')
   return x, dy, draw((64,))[0]
-
-
-@pytest.mark.slow
-def test_several_devices_agree_with_one():
-  from tests import eight_devices
-
-  assert eight_devices.run('branches_of_tpus').strip() == 'the same'
