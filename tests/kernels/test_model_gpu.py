@@ -17,8 +17,8 @@ FIELDS: dict[str, Any] = dict(
   embed_dims=(64,),
   num_heads=(2,),
   num_classes=5,
-  num_frames=16,
-  image_size=32,
+  num_frames=32,
+  image_size=16,
   window=(8, 2, 4),
   fine_sizes=((8, 4, 4),),
   coarse_sizes=(None,),
@@ -50,7 +50,7 @@ def test_model_agrees_with_reference(monkeypatch):
   if jax.__version_info__ < (0, 11):
     pytest.skip('this version of JAX has no interpreter of GPU kernels')
   rng = np.random.default_rng(0)
-  clips = rng.standard_normal((2, 16, 32, 32, 3)).astype(np.float32)
+  clips = rng.standard_normal((2, 32, 16, 16, 3)).astype(np.float32)
   weights = rng.standard_normal((2, 5)).astype(np.float32)
   variables = random_variables.draw(DualFormer(**FIELDS))
 
@@ -81,6 +81,6 @@ def test_model_agrees_with_reference(monkeypatch):
     interpreted_gpu.names_of_kernels() as names,
   ):
     difference = run('bfloat16', 'experimental') - expected
-  # The reference in bfloat16 rounds more arrays, and differs by 2.6e-2.
-  assert np.linalg.norm(difference) < 2e-2 * np.linalg.norm(expected)
+  # The reference in bfloat16 rounds more arrays, and differs by 9.5e-3.
+  assert np.linalg.norm(difference) < 1.2e-2 * np.linalg.norm(expected)
   assert names == KERNELS
