@@ -11,6 +11,7 @@ the extra `demo`: pip install -e '.[demo]'.
 
 import contextlib
 import functools
+import importlib.util
 import os
 import pathlib
 import socket
@@ -73,25 +74,26 @@ def main() -> None:
 
 def _serve(folder: pathlib.Path) -> None:
   """Serves the page, with a folder for all temporary files."""
-  # Imported late, so that --help does not wait for them.
-  try:
-    import fastapi
-    from fastapi import responses
-    import gradio as gr
-    from gradio.themes import Default
-    import uvicorn
-  except ImportError as error:
-    raise UserError(missing_extra('the demo', 'demo')) from error
+  if not all(map(importlib.util.find_spec, ('fastapi', 'gradio', 'uvicorn'))):
+    raise UserError(missing_extra('the demo', 'demo'))
   server = _listen(FLAGS.host, FLAGS.port)
 
+  # Imported late, so that --help and errors do not wait for them.
   import cv2
 
-  from dualformer_jax.inference import demo_page
   from dualformer_jax.inference.recognizer import Recognizer
 
   command_line.enable_compilation_cache()
   recognizer = Recognizer.load(FLAGS.checkpoint)
   cv2.setNumThreads(0)  # its threads would compete with those of JAX
+
+  import fastapi
+  from fastapi import responses
+  import gradio as gr
+  from gradio.themes import Default
+  import uvicorn
+
+  from dualformer_jax.inference import demo_page
 
   max_bytes = FLAGS.max_megabytes * 10**6
   app = fastapi.FastAPI(openapi_url=None)

@@ -16,7 +16,7 @@ import pytest
 
 from dualformer_jax import command_line
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
-from tests import xla_flags
+from tests import tfds_command, xla_flags
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
 
@@ -97,6 +97,7 @@ def prepared_datasets(
       subprocess.run(
         [sys.executable, '-m', 'tests.levels_datasets', unfinished],
         cwd=REPOSITORY,
+        env=os.environ | tfds_command.WITHOUT_KERAS,
         check=True,
         capture_output=True,
         timeout=300,

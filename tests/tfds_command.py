@@ -8,6 +8,12 @@ import subprocess
 import sys
 
 REPOSITORY = pathlib.Path(__file__).resolve().parents[1]
+# Datasets do not need Keras. With this, TensorFlow looks for tf_keras, which is
+# not installed, and takes half of the time to import.
+WITHOUT_KERAS = {'TF_USE_LEGACY_KERAS': '1'}
+COMMAND = (pathlib.Path(sys.executable).with_name('tfds'), 'build')
+# Whether or not the package is installed.
+ENVIRONMENT = os.environ | WITHOUT_KERAS | {'PYTHONPATH': str(REPOSITORY)}
 
 
 def tfds_build(
@@ -16,10 +22,9 @@ def tfds_build(
 ) -> subprocess.CompletedProcess[str]:
   """`tfds build ARGUMENTS`; its output as text."""
   return subprocess.run(
-    [pathlib.Path(sys.executable).with_name('tfds'), 'build', *arguments],
+    [*COMMAND, *arguments],
     cwd=cwd,
-    # Whether or not the package is installed.
-    env=os.environ | {'PYTHONPATH': str(REPOSITORY)},
+    env=ENVIRONMENT,
     stdin=subprocess.DEVNULL,
     capture_output=True,
     text=True,

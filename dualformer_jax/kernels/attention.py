@@ -8,7 +8,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 import numpy as np
 
-from dualformer_jax.kernels import attention_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
   batch_shards,
@@ -75,6 +74,9 @@ def _pallas(q, k, v, num_heads, is_key):
 
   XLA cannot partition a Pallas kernel, so it runs under shard_map.
   """
+  # Imported late, as all kernels for TPUs: importing Pallas takes long.
+  from dualformer_jax.kernels import attention_tpu
+
   batch, length, channels = q.shape[1:]
   head = channels // num_heads
   mesh = jax.sharding.get_abstract_mesh()

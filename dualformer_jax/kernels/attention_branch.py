@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import attention_branch_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
@@ -80,6 +79,8 @@ def _find_tpu(
   num_keys: int,
 ) -> Callable[..., Float[Array, 'b d h w c']] | None:
   """The kernel of attention_branch_tpu."""
+  from dualformer_jax.kernels import attention_branch_tpu
+
   batch, d, h, w, channels = shape
   head = channels // num_heads
   blocks = attention_branch_tpu.blocks(

@@ -7,7 +7,6 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import mlp_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
   clips_per_device,
@@ -47,6 +46,8 @@ def _tpu(x, branch_scale, norm, fc1, fc2, compute):
   """The kernels of mlp_tpu, for bfloat16."""
   if compute.dtype != 'bfloat16':
     return composed(x, branch_scale, norm, fc1, fc2, compute)
+  from dualformer_jax.kernels import mlp_tpu
+
   return _fused(mlp_tpu, x, branch_scale, norm, fc1, fc2, compute)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 import jax
 from jaxtyping import Array, Float
 
-from dualformer_jax.kernels import norm_pool_tpu
 from dualformer_jax.kernels.dispatch import (
   Compute,
   Size,
@@ -43,6 +42,8 @@ def _find_pallas(
   shape: Sequence[int], sizes: Sequence[Size], compute: Compute
 ) -> NormPool | None:
   """The kernel of norm_pool_tpu, on each device for its clips."""
+  from dualformer_jax.kernels import norm_pool_tpu
+
   batch, d, h, w, channels = shape
   if compute.dtype != 'bfloat16' or not norm_pool_tpu.fits(
     clips_per_device(batch), (d, h, w), channels, tuple(sizes)

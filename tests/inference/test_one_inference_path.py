@@ -11,6 +11,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import ModuleType
 from typing import Any
 import zipfile
 
@@ -21,11 +22,12 @@ import numpy as np
 import pytest
 
 import dualformer_jax
+from dualformer_jax import convert, export, predict
 from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
-from tests import training_command
+from tests import in_process, training_command
 from tests.input_pipeline import videos
 
 NOTEBOOK = training_command.REPOSITORY / 'scripts' / 'colab_eval.ipynb'
@@ -50,15 +52,8 @@ nbformat.write(notebook, sys.argv[1])
 """
 
 
-def run(*command: object, environment: Any) -> str:
-  done = subprocess.run(
-    [sys.executable, *map(str, command)],
-    cwd=training_command.REPOSITORY,
-    env=environment,
-    capture_output=True,
-    text=True,
-    timeout=600,
-  )
+def run(module: ModuleType, *flags: object) -> str:
+  done = in_process.run(module, *flags)
   assert done.returncode == 0, done.stderr
   return done.stdout
 
@@ -72,7 +67,7 @@ def _environment(compilation_cache) -> dict[str, str]:
 
 
 @pytest.fixture(scope='module', name='pth')
-def _pth(motion_dataset, environment, tmp_path_factory) -> pathlib.Path:
+def _pth(tmp_path_factory) -> pathlib.Path:
   """A PyTorch file of a random model whose predictions vary."""
   rng = np.random.default_rng(3)
 
@@ -91,13 +86,7 @@ def _pth(motion_dataset, environment, tmp_path_factory) -> pathlib.Path:
       FIELDS, Preprocessing(16, 1, 32), tuple('abcdefgh')
     ),
   )
-  run(
-    '-m',
-    'dualformer_jax.convert',
-    f'--src={folder}/original',
-    f'--dst={folder}/model.pth',
-    environment=environment,
-  )
+  run(convert, f'--src={folder}/original', f'--dst={folder}/model.pth')
   return folder / 'model.pth'
 
 
@@ -125,7 +114,15 @@ def _notebook(pth, motion_dataset, environment) -> nbformat.NotebookNode:
     )
   path = pth.parent / 'run.ipynb'
   nbformat.write(notebook, path)
-  run('-c', EXECUTE, path, training_command.REPOSITORY, environment=environment)
+  done = subprocess.run(
+    [sys.executable, '-c', EXECUTE, path, training_command.REPOSITORY],
+    cwd=training_command.REPOSITORY,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+  )
+  assert done.returncode == 0, done.stderr
   return nbformat.read(path, as_version=4)
 
 
@@ -167,7 +164,7 @@ def test_notebook_runs_to_its_end(notebook):
 
 @pytest.mark.slow
 def test_all_commands_give_the_same_probabilities(
-  notebook, pth, motion_dataset, environment
+  notebook, pth, motion_dataset
 ):
   out = pth.parent / 'out'
   folder, video = out / 'checkpoint', out / 'video.mp4'
@@ -191,12 +188,11 @@ def test_all_commands_give_the_same_probabilities(
   probabilities = (scores / scores.sum(axis=-1, keepdims=True)).mean(axis=0)
   ways['test'] = dict(zip(names, probabilities, strict=True))
 
-  command = ('-m', 'dualformer_jax.predict', f'--checkpoint={folder}')
-  text = run(*command, '--json', '--top_k=8', video, environment=environment)
+  source = f'--checkpoint={folder}'
+  text = run(predict, source, '--json', '--top_k=8', video)
   ways['predict'] = dict(json.loads(text)['predictions'])
 
-  command = ('-m', 'dualformer_jax.export', f'--checkpoint={folder}')
-  run(*command, f'--out={out}/model.zip', environment=environment)
+  run(export, source, f'--out={out}/model.zip')
   with zipfile.ZipFile(out / 'model.zip') as file:
     program = jax_export.deserialize(bytearray(file.read('program.stablehlo')))
     weights: Any = dict(np.load(io.BytesIO(file.read('weights.npz'))))

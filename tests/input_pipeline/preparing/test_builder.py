@@ -6,7 +6,6 @@ import pathlib
 import shutil
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
@@ -153,8 +152,8 @@ def start_build(
     f'--data_dir={data_dir}',
   )
   process = subprocess.Popen(
-    [pathlib.Path(sys.executable).with_name('tfds'), 'build', *arguments],
-    env=os.environ | {'PYTHONPATH': str(tfds_command.REPOSITORY)},
+    [*tfds_command.COMMAND, *arguments],
+    env=tfds_command.ENVIRONMENT,
     stdin=subprocess.DEVNULL,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
