@@ -11,7 +11,6 @@ the extra `demo`: pip install -e '.[demo]'.
 
 import contextlib
 import functools
-import importlib.util
 import os
 import pathlib
 import socket
@@ -24,7 +23,7 @@ from absl import flags
 
 from dualformer_jax import command_line
 from dualformer_jax.command_line import CHECKPOINT_HELP
-from dualformer_jax.errors import UserError, missing_extra
+from dualformer_jax.errors import UserError, require
 from dualformer_jax.files import unfinished_folder
 
 FLAGS = flags.FLAGS
@@ -74,8 +73,7 @@ def main() -> None:
 
 def _serve(folder: pathlib.Path) -> None:
   """Serves the page, with a folder for all temporary files."""
-  if not all(map(importlib.util.find_spec, ('fastapi', 'gradio', 'uvicorn'))):
-    raise UserError(missing_extra('the demo', 'demo'))
+  require('the demo', 'demo', 'fastapi', 'gradio', 'uvicorn')
   server = _listen(FLAGS.host, FLAGS.port)
 
   # Imported late, so that --help and errors do not wait for them.

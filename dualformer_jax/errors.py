@@ -1,5 +1,7 @@
 """The error for a user's mistake: entry points print it as one line."""
 
+import importlib.util
+
 
 class UserError(ValueError):
   """An error that the user can fix; the message states how.
@@ -15,6 +17,15 @@ def missing_extra(purpose: str, extra: str) -> str:
     f"{purpose} needs the extra '{extra}': pip install"
     f" 'dualformer_jax[{extra}]'"
   )
+
+
+def require(purpose: str, extra: str, *modules: str) -> None:
+  """Raises UserError unless modules of an extra are installed.
+
+  They are not imported, which may take seconds.
+  """
+  if not all(map(importlib.util.find_spec, modules)):
+    raise UserError(missing_extra(purpose, extra))
 
 
 def error_reason(error: UserError) -> str:

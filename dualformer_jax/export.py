@@ -35,7 +35,7 @@ from absl import flags
 
 from dualformer_jax import command_line, progress
 from dualformer_jax.command_line import CHECKPOINT_HELP
-from dualformer_jax.errors import UserError
+from dualformer_jax.errors import UserError, require
 from dualformer_jax.files import check_target, check_writable
 
 if TYPE_CHECKING:
@@ -122,18 +122,21 @@ def _export() -> None:
       pathlib.Path(FLAGS.weights), FLAGS.overwrite, ('.safetensors',)
     )
 
+  if FLAGS.weights_dtype == 'int8':
+    require('--weights_dtype=int8', 'int8', 'qwix')
   # Imported late, so that --help and errors in flags do not wait for JAX.
+  from dualformer_jax.inference import onnx_export
+
+  if is_onnx:
+    onnx_export.require_onnxruntime()
+
   from dualformer_jax.checkpoints import hub_upload
-  from dualformer_jax.inference import exported, onnx_export, stored_weights
+  from dualformer_jax.inference import exported, stored_weights
   from dualformer_jax.inference.recognizer import Recognizer
 
   target = None
   if FLAGS.push:
     target = hub_upload.find_target(FLAGS.push, FLAGS.overwrite, FLAGS.private)
-  if is_onnx:
-    onnx_export.require_onnxruntime()
-  if FLAGS.weights_dtype == 'int8':
-    stored_weights.require_qwix()
   command_line.enable_compilation_cache()
   recognizer = Recognizer.load(FLAGS.checkpoint, dtype=FLAGS.dtype)
   weights = stored_weights.flatten(recognizer.variables)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 import copy
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dualformer_jax.errors import UserError, missing_extra
 from dualformer_jax.inference.golden import golden_views
 
 if TYPE_CHECKING:
@@ -46,26 +44,13 @@ def restore(weights: Mapping[str, np.ndarray | jax.Array]) -> dict[str, Any]:
   return flax.traverse_util.unflatten_dict(flat, sep='/')
 
 
-def require_qwix() -> ModuleType:
-  """Returns qwix.
-
-  Raises:
-    UserError: the extra is not installed.
-  """
-  try:
-    import qwix
-  except ImportError as error:
-    message = missing_extra('--weights_dtype=int8', 'int8')
-    raise UserError(message) from error
-  return qwix
-
-
 def quantize(weights: Weights) -> Weights:
   """Returns the weights with the kernels of matrix products in int8.
 
   Each output channel has its own scale: the largest absolute value becomes 127.
   """
-  qwix = require_qwix()
+  import qwix  # An extra, which the caller requires.
+
   quantized = {}
   for name, array in weights.items():
     bias = weights.get(f'{name.removesuffix("kernel")}bias')
