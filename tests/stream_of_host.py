@@ -1,6 +1,6 @@
-"""Prints what a host reads: `python -m tests.stream_of_host '{...}'`.
+"""Prints what a host reads: `python -m tests.stream_of_host '[{...}, ...]'`.
 
-Run as a separate process for each host; prints a line of JSON per batch.
+Run as a separate process for each host; prints a line of JSON per request.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def read(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-  for batch in read(json.loads(sys.argv[1])):
-    print(json.dumps(batch))
+  for request in json.loads(sys.argv[1]):
+    print(json.dumps(read(request)))
 
 
 if __name__ == '__main__':

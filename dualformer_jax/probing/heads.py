@@ -67,6 +67,15 @@ class Inputs:
     return (self.features.pooled[rows, views] - self.mean) / self.std
 
 
+@functools.partial(jax.jit, static_argnames=('head', 'copies'))
+def _init_state(key: Any, example: Any, *, head: nn.Module, copies: int) -> Any:
+  """Returns parameters and the optimizer's state, each repeated."""
+  params = head.init(key, example)['params']
+  return jax.tree.map(
+    lambda x: jnp.repeat(x[None], copies, axis=0), (params, _ADAM.init(params))
+  )
+
+
 @functools.partial(
   jax.jit, static_argnames=('head', 'multi_label'), donate_argnames='state'
 )
@@ -149,10 +158,8 @@ def fit(
   steps = steps or max(_MIN_STEPS, _MIN_EPOCHS * len(rows) // batch_size)
   num_views = inputs.features.pooled.shape[1]
   example = inputs.read(rows[:1], np.zeros(1, np.int64))
-  params: Any = head.init(jax.random.key(seed), jnp.asarray(example))['params']
-  state = jax.tree.map(
-    lambda x: jnp.repeat(x[None], len(settings), axis=0),
-    (params, _ADAM.init(params)),
+  state = _init_state(
+    jax.random.key(seed), jnp.asarray(example), head=head, copies=len(settings)
   )
   table = jnp.asarray(settings, jnp.float32)
   order = _batches(rng, rows, batch_size)

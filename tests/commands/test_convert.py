@@ -429,7 +429,11 @@ def test_only_the_model_of_a_training_checkpoint_is_written(tmp_path):
     num_frames=4,
     image_size=32,
   )
-  state = jax.jit(lambda: init_state(model, optax.adam(1e-3), seed=0))()
+  rng = np.random.default_rng(0)
+  state = jax.tree.map(
+    lambda leaf: rng.integers(0, 9, leaf.shape).astype(leaf.dtype),
+    jax.eval_shape(lambda: init_state(model, optax.adam(1e-3), seed=0)),
+  )
   description = checkpoint.CheckpointMetadata(
     model={name: getattr(model, name) for name in _micro_config().model},
     preprocessing=setup.make_preprocessing(_micro_config()),

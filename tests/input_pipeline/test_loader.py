@@ -72,15 +72,18 @@ def host_of(data_dir: pathlib.Path, asked: dict[str, Any]) -> dict[str, Any]:
   return defaults | asked
 
 
-def streams(data_dir: pathlib.Path, *asked: dict[str, Any]) -> list[Any]:
-  """What hosts read that run at the same time, each a process."""
+def streams(data_dir: pathlib.Path, *asked: list[dict[str, Any]]) -> list[Any]:
+  """What hosts read that run at the same time, each a process.
+
+  A host reads several streams, one after the other.
+  """
   hosts = [
     subprocess.Popen(
       [
         sys.executable,
         '-m',
         'tests.stream_of_host',
-        json.dumps(host_of(data_dir, host)),
+        json.dumps([host_of(data_dir, stream) for stream in host]),
       ],
       cwd=conftest.REPOSITORY,
       stdout=subprocess.PIPE,
@@ -98,8 +101,11 @@ def test_two_hosts_read_the_stream_of_one_and_resume_it(prepared_datasets):
   # As a mesh may have it: a device of each host in turn.
   left_rows, right_rows = {'rows': [0, 2]}, {'rows': [1, 3]}
   alone = stream_of_host.read(host_of(prepared_datasets, {'num_threads': 1}))
-  first, second = streams(
-    prepared_datasets, left_rows, right_rows | {'num_threads': 5}
+  go_on = {'state': alone[5]['state'], 'batches': 5}
+  (first, left_resumed), (second, right_resumed) = streams(
+    prepared_datasets,
+    [left_rows, left_rows | go_on],
+    [right_rows | {'num_threads': 5}, right_rows | go_on],
   )
   for one, left, right in zip(alone, first, second, strict=True):
     assert one['rows'][::2] == left['rows']
@@ -110,15 +116,11 @@ def test_two_hosts_read_the_stream_of_one_and_resume_it(prepared_datasets):
   for epoch in range(4):
     assert len(set(names[11 * epoch : 11 * epoch + 11])) == 11
   # What one host began, two go on with; and the other way round.
-  state = first[5]['state']
-  go_on = {'state': state, 'batches': 5}
+  assert left_resumed == first[6:]
+  assert right_resumed == second[6:]
+  go_on['state'] = second[5]['state']
   resumed = stream_of_host.read(host_of(prepared_datasets, go_on))
-  left, right = streams(
-    prepared_datasets, left_rows | go_on, right_rows | go_on
-  )
   assert resumed == alone[6:]
-  assert left == first[6:]
-  assert right == second[6:]
 
 
 @pytest.mark.parametrize('hosts', [2, 4])
