@@ -83,6 +83,9 @@ def main() -> None:
       '--topology must be given: a TPU slice, such as v5e:4x4, or GPUs, such '
       'as h100:8'
     )
+  from dualformer_jax.planning import chips
+
+  chips.check_topology(topology)
   # libtpu asks no metadata server, and claims no TPU of this machine.
   os.environ.update(
     ALLOW_MULTIPLE_LIBTPU_LOAD='1',
@@ -97,7 +100,7 @@ def main() -> None:
   jax.config.update('jax_platforms', 'cpu')
   # Programs for devices that are not attached cannot be read from it.
   jax.config.update('jax_enable_compilation_cache', False)
-  from dualformer_jax.planning import chips, report, search
+  from dualformer_jax.planning import report, search
   from dualformer_jax.planning.compile import Settings, compile_step
   from dualformer_jax.training import config_check
 

@@ -3,12 +3,9 @@
 from collections.abc import Sequence
 import dataclasses
 import importlib.metadata
-import importlib.util
 from typing import Any
 
-from jax.experimental import topologies
-
-from dualformer_jax.errors import UserError, missing_extra
+from dualformer_jax.errors import UserError, missing_extra, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +84,10 @@ class Target:
     return self.chip.link
 
 
-def find_target(topology: str, memory: float | None = None) -> Target:
-  """Returns the devices of a TPU slice ('v5e:4x4') or of GPUs ('h100:8').
+def check_topology(topology: str) -> tuple[str, str]:
+  """Returns the chip of a topology, and the shape of the slice or a number.
 
-  More than 8 GPUs are on several machines of 8. `memory` replaces that of the
-  chip, in bytes.
+  It does not import JAX, which takes a second.
 
   Raises:
     UserError: The devices do not exist, or their compiler is not installed.
@@ -103,7 +99,30 @@ def find_target(topology: str, memory: float | None = None) -> Target:
       'shape of the slice in chips, such as v5e:4x4 or v5p:2x2x4; or a GPU '
       '(a100, h100, h200 or b200) and their number, such as h100:8'
     )
-  target = _gpus(name, shape) if name in _ARCHITECTURES else _tpus(name, shape)
+  if name not in _ARCHITECTURES:
+    require('planning for TPUs', 'plan', 'libtpu')
+    return name, shape
+  number = int(shape) if shape.isdecimal() else 0
+  if not number or number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE:
+    raise UserError(
+      f'--topology={topology}: expected 1 to {GPUS_PER_MACHINE} GPUs, or a '
+      f'multiple of {GPUS_PER_MACHINE}, such as {name}:8'
+    )
+  plugins = importlib.metadata.entry_points(group='jax_plugins')
+  if not any('cuda' in plugin.name for plugin in plugins):
+    raise UserError(missing_extra('planning for GPUs', 'cuda'))
+  return name, shape
+
+
+def find_target(topology: str, memory: float | None = None) -> Target:
+  """Returns the devices of a TPU slice ('v5e:4x4') or of GPUs ('h100:8').
+
+  More than 8 GPUs are on several machines of 8. `memory` replaces that of the
+  chip, in bytes. Raises UserError, as `check_topology` does.
+  """
+  name, shape = check_topology(topology)
+  find = _gpus if name in _ARCHITECTURES else _tpus
+  target = find(name, shape)
   if memory is not None:
     chip = dataclasses.replace(target.chip, memory=memory)
     target = dataclasses.replace(target, chip=chip)
@@ -112,8 +131,8 @@ def find_target(topology: str, memory: float | None = None) -> Target:
 
 def _tpus(generation: str, shape: str) -> Target:
   """Returns the devices of a TPU slice."""
-  if importlib.util.find_spec('libtpu') is None:
-    raise UserError(missing_extra('planning for TPUs', 'plan'))
+  from jax.experimental import topologies
+
   # A v4 chip has two cores that work as one device.
   options = {'chip_config_name': 'megacore'} if generation == 'v4' else {}
   topology = f'{generation}:{shape}'
@@ -128,15 +147,9 @@ def _tpus(generation: str, shape: str) -> Target:
 
 def _gpus(name: str, count: str) -> Target:
   """Returns a number of GPUs, on machines of at most 8."""
-  number = int(count) if count.isdecimal() else 0
-  if not number or number > GPUS_PER_MACHINE and number % GPUS_PER_MACHINE:
-    raise UserError(
-      f'--topology={name}:{count}: expected 1 to {GPUS_PER_MACHINE} GPUs, or a '
-      f'multiple of {GPUS_PER_MACHINE}, such as {name}:8'
-    )
-  plugins = importlib.metadata.entry_points(group='jax_plugins')
-  if not any('cuda' in plugin.name for plugin in plugins):
-    raise UserError(missing_extra('planning for GPUs', 'cuda'))
+  from jax.experimental import topologies
+
+  number = int(count)
   per_machine = min(number, GPUS_PER_MACHINE)
   description = topologies.get_topology_desc(
     platform='cuda',

@@ -78,10 +78,11 @@ def _run(run_command):
 
 @pytest.mark.slow
 def test_graph_agrees_with_jax_for_any_number_of_views(recognizer, path):
+  views = random_views(recognizer, 3)
+  expected = expected_probabilities(recognizer, recognizer.variables, views)
   for count in (1, 3):
-    views = random_views(recognizer, count)
-    expected = expected_probabilities(recognizer, recognizer.variables, views)
-    np.testing.assert_allclose(run_graph(path, views), expected, atol=1e-5)
+    found = run_graph(path, views[:count])
+    np.testing.assert_allclose(found, expected[:count], atol=1e-5)
   assert np.ptp(expected, axis=0).min() > 1e-3  # the views differ
 
 
