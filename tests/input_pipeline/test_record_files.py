@@ -230,7 +230,7 @@ for _ in range(30):
       stderr=subprocess.PIPE,
       text=True,
     )
-    for _ in range(4)
+    for _ in range(3)
   ]
   for process in processes:
     _, stderr = process.communicate(timeout=120)
