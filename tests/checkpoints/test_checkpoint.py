@@ -68,17 +68,22 @@ def _state() -> TrainState:
   model = DualFormer(**FIELDS)
   shapes = jax.eval_shape(lambda: init_state(model, optax.adam(1e-3), 0))
   leaves, structure = jax.tree.flatten(shapes)
+  # By NumPy, as JAX would compile a program for each shape.
   leaves = [
-    jnp.asarray(np.arange(leaf.size) * 7 + 1000 * i + 1, leaf.dtype)
+    (np.arange(leaf.size) * 7 + 1000 * i + 1).astype(leaf.dtype)
     for i, leaf in enumerate(leaves)
   ]
   return jax.tree.unflatten(
     structure,
     [
-      leaf.reshape(like.shape)
+      jnp.asarray(leaf.reshape(like.shape))
       for leaf, like in zip(leaves, jax.tree.leaves(shapes), strict=True)
     ],
   )
+
+
+def _scaled(state: TrainState, by: int) -> TrainState:
+  return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) * by), state)
 
 
 @pytest.fixture(scope='module', name='variables')
@@ -169,7 +174,7 @@ def test_last_checkpoints_are_kept_and_restored_exactly(tmp_path, state):
   series = checkpoint.Checkpoints(tmp_path / checkpoint.LATEST, keep=2)
   assert series.latest() is None
   for number in (10, 20, 30):
-    scaled = jax.tree.map(lambda x, by=number: x * by, state)
+    scaled = _scaled(state, number)
     series.save(
       scaled.trees(), make_metadata(step=number, data_position={'at': number})
     )
@@ -182,7 +187,7 @@ def test_last_checkpoints_are_kept_and_restored_exactly(tmp_path, state):
   again = checkpoint.Checkpoints(folder, keep=2)
   assert again.latest() == folder / '30'
   restored, loaded_metadata = again.restore(_abstract(state))
-  expected = jax.tree.map(lambda x: x * 30, state)
+  expected = _scaled(state, 30)
   _assert_same(restored, expected.trees())
   assert loaded_metadata.data_position == {'at': 30}
   # A step that is saved already, as after a validation, is not saved again.

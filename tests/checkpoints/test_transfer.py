@@ -254,7 +254,7 @@ def test_other_frames_and_sizes_change_no_other_parameters(tmp_path):
   _, new, result = start(source, other)
   # One block with windows: nothing depends on the sizes.
   assert not result.names['resized']
-  output: Any = other.build_model().apply(
+  output: Any = jax.jit(other.build_model().apply)(
     {'params': new['params']}, jnp.zeros((1, 16, 64, 64, 3))
   )
   assert np.isfinite(output.logits).all()
