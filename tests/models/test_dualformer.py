@@ -69,6 +69,7 @@ def assert_close(actual, expected, name, tolerance=1e-4):
   ('name', 'kernels'),
   [
     ('micro', 'auto'),
+    pytest.param('micro', 'reference', marks=pytest.mark.slow),
     pytest.param('micro16', 'auto', marks=pytest.mark.slow),
     pytest.param('micro_tokenlabel', 'auto', marks=pytest.mark.slow),
     pytest.param('micro_tokenlabel', 'reference', marks=pytest.mark.slow),
