@@ -164,11 +164,7 @@ def read(folder: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     str(folder),
     jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-      {
-        name: found[name]
-        for name in ('params', 'batch_stats', 'opt_state')
-        if name in found  # a model may have no statistics
-      },
+      {name: found[name] for name in ('params', 'batch_stats', 'opt_state')},
     ),
   )
   leaves = jax.tree.leaves_with_path(tree)

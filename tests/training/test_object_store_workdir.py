@@ -294,8 +294,7 @@ def test_two_processes_resume_bit_by_bit_on_other_machines(
 ):
   """Stopped by SIGTERM, over a network that fails; each has its own disk."""
   flags = (
-    # Little to compile: JAX's cache does not serve process 1 of CPUs.
-    *training_command.ONE_BLOCK,
+    *training_command.TINY,
     '--config.num_epochs=2',
     '--config.validation.every_epochs=1',
     '--config.checkpoint.every_steps=4',
