@@ -34,13 +34,14 @@ from dualformer_jax.training import optimizer as optimizers
 from dualformer_jax.training.state import TrainState, init_state
 from tests.checkpoints import test_checkpoint
 from tests.kernels import (
+  interpreted_gpu,
   interpreted_tpu,
   test_branches_tpu,
   test_mlp,
   test_projections,
   test_window_branch,
 )
-from tests.training import test_augment
+from tests.training import test_augment, test_optimizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -81,6 +82,8 @@ def sharded_kernels() -> None:
     'window branch': block('find_branch', test_window_branch.find_plain),
   }
   branches_of_tpus()
+  if jax.__version_info__ >= (0, 11):
+    errors['AdamW'] = adamw_of_gpus()
   print(json.dumps(errors))
 
 
@@ -110,6 +113,21 @@ def mlp_branch(mesh: jax.sharding.Mesh) -> float:
   with jax.set_mesh(mesh), mock.patch.object(mlp, 'composed', fused):
     actual = test_mlp.run(test_mlp.branch(dispatch.Compute()), arguments, dout)
   return largest_error(actual, expected)
+
+
+def adamw_of_gpus() -> float:
+  """Returns the largest error of AdamW by kernels on all devices."""
+  params, gradients, *_ = test_optimizer.kernel_arrays()
+  adamw = optimizers.make_optimizer(
+    params, 0.1, 0.3, test_optimizer.RECIPE, max_grad_norm=40.0
+  )
+  state = adamw.transformation.init(params)
+  arguments = gradients, state, params
+  expected = optimizers.apply_gradients(adamw.transformation, *arguments)
+  mesh = sharding.make_mesh({'data': 8, 'fsdp': 1, 'tensor': 1}, 8)
+  with jax.set_mesh(mesh), interpreted_gpu.interpreted('adam_gpu') as module:
+    actual = jax.jit(functools.partial(adamw._apply_fused, module))(*arguments)
+  return largest_error(jax.tree.leaves(actual), jax.tree.leaves(expected))
 
 
 def branches_of_tpus() -> None:
@@ -225,7 +243,7 @@ def five_steps() -> None:
       step=np.zeros((), np.int32),
       params=params['params'],
       batch_stats=jax.tree.map(np.abs, params['batch_stats']),
-      opt_state=optimizer.init(params['params']),
+      opt_state=optimizer.transformation.init(params['params']),
     ),
   )
   batches = [
@@ -238,7 +256,7 @@ def five_steps() -> None:
   train_step = functools.partial(
     step.train_step,
     model=model,
-    optimizer=optimizer,
+    apply_gradients=optimizer.apply_gradients,
     options=step.StepOptions(seed=7),
     augment=functools.partial(
       augment.augment_batch,

@@ -106,6 +106,21 @@ def run_per_device(
   return function(*by_clip, *shared)
 
 
+def parameters_are_replicated() -> bool:
+  """Returns whether each device has all parameters, and the optimizer state."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  return shape.get('fsdp', 1) == shape.get('tensor', 1) == 1
+
+
+def run_replicated(function: Callable[..., Any], *trees: Any) -> Any:
+  """Calls function(*trees) on each device, with whole arrays."""
+  if device_count() > 1:
+    function = jax.shard_map(
+      function, in_specs=jax.P(), out_specs=jax.P(), check_vma=False
+    )
+  return function(*trees)
+
+
 def hopper_kernels(name: str, compute: Compute) -> Any:
   """Returns a module of this package with kernels for Hopper GPUs, or None.
 

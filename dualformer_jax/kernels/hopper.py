@@ -183,9 +183,21 @@ def hidden(product, mean, inverse, sums, bias):
 
 
 def kernel(
-  body, name, out_type, scratch, grid, flops, transcendentals, warpgroups=1
+  body,
+  name,
+  out_type,
+  scratch,
+  grid,
+  flops,
+  transcendentals,
+  warpgroups=1,
+  semantics=plgpu.LoweringSemantics.Warpgroup,
 ):
-  """Returns a kernel whose programs are in `grid`, {axis: size}."""
+  """Returns a kernel whose programs are in `grid`, {axis: size}.
+
+  With semantics of lanes, layouts in registers are not inferred: all of them
+  have to be given, and large bodies are lowered sooner.
+  """
   body.__name__ = name
   estimate = {}
   if 'cost_estimate' in inspect.signature(plgpu.kernel).parameters:  # jax 0.12
@@ -200,7 +212,9 @@ def kernel(
     grid_names=tuple(grid),
     num_threads=warpgroups if warpgroups > 1 else None,
     thread_name='warpgroup' if warpgroups > 1 else None,
-    compiler_params=plgpu.CompilerParams(approx_math=True),
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, lowering_semantics=semantics
+    ),
     **estimate,
   )
 

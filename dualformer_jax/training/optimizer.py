@@ -2,16 +2,25 @@
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
 import re
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import numpy as np
 import optax
 
 from dualformer_jax.errors import UserError
+from dualformer_jax.kernels.dispatch import (
+  Compute,
+  hopper_kernels,
+  no_kernel,
+  parameters_are_replicated,
+  run_replicated,
+)
 
 # The warm-up starts at this fraction of the learning rate.
 WARMUP_START = 0.1
@@ -60,43 +69,130 @@ def learning_rate_schedule(
   return schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class AdamW:
+  """AdamW with a learning rate and a weight decay for each parameter.
+
+  The update is p -= lr * (adam(gradient) + decay * p), as torch.optim.AdamW
+  does with parameter groups (Loshchilov and Hutter, arXiv 1711.05101,
+  algorithm 2). `multipliers` is a tree of Multipliers.
+  """
+
+  multipliers: Any
+  learning_rate: optax.ScalarOrSchedule
+  weight_decay: float
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+  max_grad_norm: float = 0.0
+  compute: Compute = Compute()
+
+  @functools.cached_property
+  def transformation(self) -> optax.GradientTransformation:
+    """The optimizer as a transformation of gradients to updates."""
+
+    def decay(updates, params):
+      return jax.tree.map(
+        lambda m, u, p: u + self.weight_decay * m.decay * p,
+        self.multipliers,
+        updates,
+        params,
+      )
+
+    def scale(updates, _):
+      return jax.tree.map(
+        lambda m, u: m.learning_rate * u, self.multipliers, updates
+      )
+
+    norm = self.max_grad_norm
+    return optax.chain(
+      *([optax.clip_by_global_norm(norm)] if norm else []),
+      optax.scale_by_adam(b1=self.b1, b2=self.b2, eps=self.eps),
+      optax.stateless(decay),
+      optax.stateless(scale),
+      optax.scale_by_learning_rate(self.learning_rate),
+    )
+
+  def apply_gradients(
+    self, grads: Any, opt_state: Any, params: Any
+  ) -> tuple[Any, Any, Float[Array, '']]:
+    """Returns parameters and state after a step, and the norm of gradients."""
+    kernels = self.compute.choose(no_kernel, gpu=hopper_kernels)(
+      'adam_gpu', self.compute
+    )
+    if kernels and parameters_are_replicated():
+      return self._apply_fused(kernels, grads, opt_state, params)
+    return apply_gradients(self.transformation, grads, opt_state, params)
+
+  def _apply_fused(self, kernels, grads, opt_state, params):
+    *clip, adam, decay, scale, schedule = opt_state
+    trees = grads, params, adam.mu, adam.nu
+    gradients, *states = map(jax.tree.leaves, trees)
+    norm = run_replicated(kernels.norm, gradients)
+    factor = 1.0
+    if self.max_grad_norm:
+      factor = jnp.minimum(1.0, self.max_grad_norm / norm)
+    rate = self.learning_rate
+    if callable(rate):
+      rate = rate(schedule.count)
+      schedule = schedule._replace(count=optax.safe_increment(schedule.count))
+    count = optax.safe_increment(adam.count)
+    corrections = 1 / (1 - self.b1**count), 1 / (1 - self.b2**count)
+    scalars = jnp.stack([rate, factor, *corrections]).astype(jnp.float32)
+    update = functools.partial(
+      kernels.update,
+      rates=[
+        kernels.Rates(
+          learning_rate=multipliers.learning_rate,
+          decay=multipliers.decay * self.weight_decay,
+          b1=self.b1,
+          b2=self.b2,
+          eps=self.eps,
+        )
+        for multipliers in jax.tree.leaves(self.multipliers)
+      ],
+    )
+    arrays = list(zip(gradients, *states, strict=True))
+    new = run_replicated(update, arrays, scalars)
+    params, mu, nu = (
+      jax.tree.unflatten(jax.tree.structure(grads), leaves)
+      for leaves in zip(*new, strict=True)
+    )
+    adam = adam._replace(count=count, mu=mu, nu=nu)
+    return params, (*clip, adam, decay, scale, schedule), norm
+
+
 def make_optimizer(
   params: Any,
   learning_rate: optax.ScalarOrSchedule,
   weight_decay: float,
   multipliers: Sequence[Rule],
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
   *,
-  max_grad_norm: float = 0.0,
   layer_decay: float = 1.0,
   frozen: str = '',
-) -> optax.GradientTransformation:
-  """Returns AdamW with a learning rate and a weight decay for each parameter.
+  **options: Any,
+) -> AdamW:
+  """Returns AdamW with the multipliers of rules; see `parameter_multipliers`.
 
-  The update is p -= lr * (adam(gradient) + decay * p), as torch.optim.AdamW
-  does with parameter groups (Loshchilov and Hutter, arXiv 1711.05101,
-  algorithm 2). Options are those of `config.optimizer`; `params` can be shapes.
+  Options are those of `config.optimizer` and `compute`; `params` can be shapes.
   """
   tree = parameter_multipliers(params, multipliers, layer_decay, frozen)
+  return AdamW(tree, learning_rate, weight_decay, **options)
 
-  def decay(updates, params):
-    return jax.tree.map(
-      lambda m, u, p: u + weight_decay * m.decay * p, tree, updates, params
-    )
 
-  def scale(updates, _):
-    return jax.tree.map(lambda m, u: m.learning_rate * u, tree, updates)
-
-  clip = [optax.clip_by_global_norm(max_grad_norm)] if max_grad_norm else []
-  return optax.chain(
-    *clip,
-    optax.scale_by_adam(b1=b1, b2=b2, eps=eps),
-    optax.stateless(decay),
-    optax.stateless(scale),
-    optax.scale_by_learning_rate(learning_rate),
-  )
+def apply_gradients(
+  optimizer: optax.GradientTransformation,
+  grads: Any,
+  opt_state: Any,
+  params: Any,
+) -> tuple[Any, Any, Float[Array, '']]:
+  """Returns parameters and state after a step, and the norm of gradients."""
+  updates, opt_state = optimizer.update(grads, opt_state, params)
+  params = optax.apply_updates(params, updates)
+  # The barrier keeps XLA from sharing the squared gradients between Adam and
+  # the norm, which would hold all of them in memory.
+  norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
+  return params, opt_state, norm
 
 
 def parameter_multipliers(

@@ -11,7 +11,6 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
-import optax
 
 from dualformer_jax.checkpoints import checkpoint
 from dualformer_jax.checkpoints.messages import listed
@@ -22,6 +21,7 @@ from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.object_store import DiskCache
 from dualformer_jax.input_pipeline.stored_labels import StoredLabels
 from dualformer_jax.input_pipeline.transforms import Preprocessing
+from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import augment
 from dualformer_jax.training import optimizer as optimizers
@@ -182,14 +182,18 @@ class Training:
   config: Config
   mesh: Mesh  # run and lower steps with `jax.set_mesh(mesh)`
   model: DualFormer
-  optimizer: optax.GradientTransformation
+  optimizer: optimizers.AdamW
   schedule: Callable[[int], Any]  # learning rate as a function of the step
   teacher: teachers.Teacher | None
 
   def _init(self) -> Callable[[], TrainState]:
     config = self.config
     return functools.partial(
-      init_state, self.model, self.optimizer, config.seed, config.ema_decay > 0
+      init_state,
+      self.model,
+      self.optimizer.transformation,
+      config.seed,
+      config.ema_decay > 0,
     )
 
   @functools.cached_property
@@ -243,7 +247,7 @@ class Training:
       functools.partial(
         steps.train_step,
         model=self.model,
-        optimizer=self.optimizer,
+        apply_gradients=self.optimizer.apply_gradients,
         options=steps.StepOptions(
           seed=config.seed,
           accumulation_steps=config.accumulation_steps,
@@ -302,7 +306,9 @@ def make_training(
     base_lr, config.num_epochs, warmup, steps_per_epoch
   )
   params = checkpoint.variable_shapes(model, 'the config')['params']
-  optimizer = optimizers.make_optimizer(params, schedule, **options)
+  optimizer = optimizers.make_optimizer(
+    params, schedule, **options, compute=Compute(model.dtype, model.kernels)
+  )
   return Training(config, mesh, model, optimizer, schedule, teacher)
 
 

@@ -9,7 +9,6 @@ from einops import rearrange
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-import optax
 
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import losses
@@ -19,6 +18,8 @@ from dualformer_jax.training.state import TrainState
 Augment = Callable[..., tuple[Array, Array]]
 # (key, teacher variables, normalized clips, **stored labels) -> soft labels
 TokenTargets = Callable[..., Float[Array, 'b d h w k']]
+# (gradients, optimizer state, parameters) -> parameters, optimizer state, norm
+ApplyGradients = Callable[[Any, Any, Any], tuple[Any, Any, Float[Array, '']]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,7 @@ def train_step(
   teacher_variables: Any = None,
   *,
   model: DualFormer,
-  optimizer: optax.GradientTransformation,
+  apply_gradients: ApplyGradients,
   options: StepOptions,
   augment: Augment,
   token_targets: TokenTargets | None = None,
@@ -105,8 +106,9 @@ def train_step(
   grads, (batch_stats, metrics) = grad_fn(
     state.params, state.batch_stats, batch, key
   )
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params, opt_state, norm = apply_gradients(
+    grads, state.opt_state, state.params
+  )
   ema_params = state.ema_params
   if ema_params is not None:
     # In this form, parameters that do not change keep their exact value.
@@ -117,9 +119,6 @@ def train_step(
   new_state = TrainState(
     state.step + 1, params, batch_stats, opt_state, ema_params
   )
-  # The barrier keeps XLA from sharing the squared gradients between Adam and
-  # the norm, which would hold all of them in memory.
-  norm = optax.tree.norm(jax.lax.optimization_barrier(grads))
   return new_state, {**metrics, 'gradient_norm': norm}
 
 

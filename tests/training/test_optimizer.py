@@ -8,12 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from dualformer_jax import errors
+from dualformer_jax.kernels.dispatch import Compute
 from dualformer_jax.training import optimizer
 from tests import reference_arrays
+from tests.kernels import interpreted_gpu
 
 RECIPE = (
   ('backbone/pos_block.*', 1.0, 0.0),
@@ -178,18 +179,14 @@ def _numpy_adamw(params, gradients, rates, weight_decay, b1, b2, eps):
   return params
 
 
-def _run(transformation, params, gradients):
-  """Applies the updates; returns {name: parameter} after the last one."""
-
-  @jax.jit
-  def step(params, state, gradient):
-    updates, state = transformation.update(gradient, state, params)
-    return optax.apply_updates(params, updates), state
-
-  state = transformation.init(params)
+def _run(adamw, params, gradients):
+  """Applies gradients; returns {name: parameter}, and the last norm."""
+  step = jax.jit(adamw.apply_gradients)
+  state = adamw.transformation.init(params)
+  norm = 0.0
   for gradient in gradients:
-    params, state = step(params, state, gradient)
-  return _by_name(params)
+    params, state, norm = step(gradient, state, params)
+  return _by_name(params), float(norm)
 
 
 def _by_name(tree):
@@ -212,7 +209,7 @@ def test_updates_agree_with_numpy(dtype, tolerance):
     def cast(tree):
       return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
 
-    result = _run(
+    result, _ = _run(
       optimizer.make_optimizer(params, schedule, 0.3, RECIPE, **SETTINGS),
       cast(params),
       [cast(gradient) for gradient in gradients],
@@ -231,13 +228,108 @@ def test_updates_agree_with_numpy(dtype, tolerance):
     )
 
 
+def kernel_arrays():
+  """Returns parameters and gradients of five steps that need all paths."""
+  rng = np.random.default_rng(2)
+  # More than a block of 1024 elements, with and without a rest of less than
+  # 128; less than a block; and no multiple of 32, for which there is no kernel.
+  shapes = {
+    'backbone': {
+      'pos_block_0': {'kernel': (2, 1104)},
+      'norm': {'scale': (96,)},
+    },
+    'cls_head': {'fc_cls': {'bias': (5,)}},
+  }
+  return [
+    jax.tree.map(
+      lambda shape: rng.standard_normal(shape, np.float32),
+      shapes,
+      is_leaf=lambda node: isinstance(node, tuple),
+    )
+    for _ in range(6)
+  ]
+
+
+@pytest.mark.parametrize('max_grad_norm', [0.0, 40.0])
+def test_kernels_agree_with_numpy(monkeypatch, max_grad_norm):
+  if jax.__version_info__ < (0, 11):
+    pytest.skip('this version of JAX has no interpreter of GPU kernels')
+  params, *gradients = kernel_arrays()
+  schedule = optimizer.learning_rate_schedule(0.1, 3, 1.5, 2)
+  adamw = optimizer.make_optimizer(
+    params,
+    schedule,
+    0.3,
+    RECIPE,
+    **SETTINGS,
+    max_grad_norm=max_grad_norm,
+    compute=Compute('bfloat16', 'experimental'),
+  )
+  interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
+  # Two arrays, then one: several kernels.
+  with (
+    interpreted_gpu.interpreted('adam_gpu') as module,
+    interpreted_gpu.names_of_kernels() as names,
+  ):
+    monkeypatch.setattr(module, '_MAX_ARRAYS', 1)
+    result, norm = _run(adamw, params, gradients)
+
+  assert names == {'adamw', 'squared_norm'}
+  exact = [
+    {name: np.float64(array) for name, array in _by_name(gradient).items()}
+    for gradient in gradients
+  ]
+  for arrays in exact:
+    length = np.sqrt(sum(np.square(array).sum() for array in arrays.values()))
+    if max_grad_norm:
+      assert length > max_grad_norm
+      for array in arrays.values():
+        array *= max_grad_norm / length
+  assert norm == pytest.approx(length, rel=1e-6)
+  expected = _numpy_adamw(
+    {name: np.float64(array) for name, array in _by_name(params).items()},
+    exact,
+    [float(schedule(step)) for step in range(5)],
+    weight_decay=0.3,
+    **SETTINGS,
+  )
+  for name in MULTIPLIERS:
+    np.testing.assert_allclose(result[name], expected[name], rtol=0, atol=1e-5)
+
+
+def test_kernels_leave_the_state_of_other_devices(monkeypatch):
+  if jax.__version_info__ < (0, 11):
+    pytest.skip('this version of JAX has no interpreter of GPU kernels')
+  params, gradient, *_ = kernel_arrays()
+  adamw = optimizer.make_optimizer(
+    params,
+    lambda _: 0.1,
+    0.3,
+    RECIPE,
+    compute=Compute('bfloat16', 'experimental'),
+  )
+  state = adamw.transformation.init(params)
+  expected = optimizer.apply_gradients(
+    adamw.transformation, gradient, state, params
+  )
+  interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
+  with interpreted_gpu.interpreted('adam_gpu'):
+    actual = jax.jit(adamw.apply_gradients)(gradient, state, params)
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
+    actual,
+    expected,
+  )
+
+
 def test_updates_agree_with_pytorch():
   torch = pytest.importorskip('torch')
   rng = np.random.default_rng(1)
   params, *gradients = (
     jax.tree.map(np.float32, _random_tree(rng)) for _ in range(5)
   )
-  result = _run(
+  result, _ = _run(
     optimizer.make_optimizer(params, 0.05, 0.2, RECIPE), params, gradients
   )
 
@@ -266,7 +358,7 @@ def test_gradients_are_clipped_by_global_norm():
   # With b1 = b2 = 0 Adam divides a gradient by its size + eps.
   large = optimizer.make_optimizer(
     params, 1.0, 0.0, [('.*', 1.0, 1.0)], b1=0.0, b2=0.0, eps=1.0
-  )
+  ).transformation
   clipped = optimizer.make_optimizer(
     params,
     1.0,
@@ -276,7 +368,7 @@ def test_gradients_are_clipped_by_global_norm():
     b2=0.0,
     eps=1.0,
     max_grad_norm=1.0,
-  )
+  ).transformation
   gradients = {'a': jnp.array([3.0, 0.0]), 'b': jnp.array([4.0])}  # norm 5
   for tx, scale in ((large, 1.0), (clipped, 0.2)):
     updates: Any = tx.update(gradients, tx.init(params), params)[0]
@@ -316,7 +408,7 @@ def test_layer_decay_lowers_the_rate_per_layer():
   params = _layers()
   tx = optimizer.make_optimizer(
     params, 1.0, 0.5, [('.*', 1.0, 1.0)], layer_decay=0.5
-  )
+  ).transformation
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   # Without gradients there is decay alone: half of the parameter, times rate.
@@ -339,7 +431,7 @@ def test_frozen_parameters_get_no_update():
   params = _layers()
   tx = optimizer.make_optimizer(
     params, 1.0, 0.5, [('.*', 1.0, 1.0)], frozen='backbone/.*_0.*'
-  )
+  ).transformation
   ones = jax.tree.map(jnp.ones_like, params)
   updates, _ = tx.update(ones, tx.init(params), params)
   for name, update in _by_name(updates).items():

@@ -79,7 +79,7 @@ def test_three_steps_agree_with_the_published_implementation():
       b1=figures['betas'][0],
       b2=figures['betas'][1],
       eps=figures['eps'],
-    ),
+    ).transformation,
   )
   state = TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -94,7 +94,7 @@ def test_three_steps_agree_with_the_published_implementation():
       state,
       batch,
       model=model,
-      optimizer=optimizer,
+      apply_gradients=functools.partial(optimizers.apply_gradients, optimizer),
       options=step.StepOptions(seed=0),
       augment=normalized,
     )
@@ -192,7 +192,9 @@ def small_step(accumulation_steps, **fields):
       state,
       batch,
       model=model,
-      optimizer=optax.sgd(1.0),
+      apply_gradients=functools.partial(
+        optimizers.apply_gradients, optax.sgd(1.0)
+      ),
       options=step.StepOptions(seed, accumulation_steps),
       augment=normalized,
     ),
@@ -303,7 +305,9 @@ def test_parameter_average_and_frozen_parameters():
     common['get_config']().optimizer.multipliers,
     frozen=frozen,
   )
-  init = jax.jit(lambda: init_state(model, optimizer, 0, with_ema=True))
+  init = jax.jit(
+    lambda: init_state(model, optimizer.transformation, 0, with_ema=True)
+  )
   state = first = init()
   rng = np.random.default_rng(0)
   batch = {
@@ -315,7 +319,7 @@ def test_parameter_average_and_frozen_parameters():
       state,
       batch,
       model=model,
-      optimizer=optimizer,
+      apply_gradients=optimizer.apply_gradients,
       options=step.StepOptions(seed=0, ema_decay=0.8, frozen=frozen),
       augment=normalized,
     )[0]

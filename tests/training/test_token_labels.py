@@ -22,6 +22,7 @@ from dualformer_jax.input_pipeline import loader, stored_labels, transforms
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.models.dualformer import DualFormer
 from dualformer_jax.training import augment, losses, step
+from dualformer_jax.training import optimizer as optimizers
 from dualformer_jax.training import teacher as token_labels
 from dualformer_jax.training.state import init_state
 from tests import in_process, reference_arrays, training_command
@@ -93,7 +94,7 @@ def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
   train_step = functools.partial(
     step.train_step,
     model=student,
-    optimizer=optimizer,
+    apply_gradients=functools.partial(optimizers.apply_gradients, optimizer),
     options=step.StepOptions(seed=0),
     augment=augmentation(flip=True),
     **({'token_targets': ask} | options),
