@@ -34,15 +34,15 @@ class Rates:
   eps: float
 
 
-def adamw(
-  gradient: Any, parameter: Any, mean: Any, square: Any, scalars: Any, r: Rates
-) -> tuple[Any, Any, Any]:
-  """Returns the next values of a parameter and of both moments.
+def adamw(arrays: Any, scalars: Any, r: Rates) -> tuple[Any, Any, Any]:
+  """Returns the next parameter, mean and square of a gradient.
 
-  `scalars` are the learning rate, the factor that clips the gradient, and the
-  corrections 1 / (1 - b^step) of both moments (Loshchilov and Hutter, arXiv
-  1711.05101, algorithm 2).
+  `arrays` are a gradient, its parameter and both moments. `scalars` are the
+  learning rate, the factor that clips the gradient, and the corrections
+  1 / (1 - b^step) of both moments (Loshchilov and Hutter, arXiv 1711.05101,
+  algorithm 2).
   """
+  gradient, parameter, mean, square = arrays
   learning_rate, clip, mean_correction, square_correction = scalars
   gradient = gradient * clip
   mean = r.b1 * mean + (1 - r.b1) * gradient
@@ -60,7 +60,7 @@ def update(
 ) -> list[tuple[jax.Array, jax.Array, jax.Array]]:
   """Returns `adamw` of each (gradient, parameter, mean, square), float32."""
   groups, rest = _split([gradient for gradient, *_ in arrays])
-  new = {i: adamw(*arrays[i], scalars, rates[i]) for i in rest}
+  new = {i: adamw(arrays[i], scalars, rates[i]) for i in rest}
   for group in groups:
     values = _update(
       [arrays[i] for i in group], scalars, [rates[i] for i in group]
@@ -89,10 +89,10 @@ def _update(arrays, scalars, rates):
     def visit(index, pieces):
       mine = refs[4 * index : 4 * index + 4]
       for elements, layout in pieces:
-        old = (
+        old = [
           hopper.load(ref.at[elements], layout, optimized=False) for ref in mine
-        )
-        new = adamw(*old, values, rates[index])
+        ]
+        new = adamw(old, values, rates[index])
         for ref, value in zip(mine[1:], new, strict=True):
           ref[elements] = value
 

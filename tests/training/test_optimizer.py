@@ -266,7 +266,7 @@ def test_kernels_agree_with_numpy(monkeypatch, max_grad_norm):
     compute=Compute('bfloat16', 'experimental'),
   )
   interpreted_gpu.pretend(monkeypatch, 'NVIDIA H200')
-  # Two arrays, then one: several kernels.
+  # A kernel for each array.
   with (
     interpreted_gpu.interpreted('adam_gpu') as module,
     interpreted_gpu.names_of_kernels() as names,
@@ -279,13 +279,16 @@ def test_kernels_agree_with_numpy(monkeypatch, max_grad_norm):
     {name: np.float64(array) for name, array in _by_name(gradient).items()}
     for gradient in gradients
   ]
-  for arrays in exact:
-    length = np.sqrt(sum(np.square(array).sum() for array in arrays.values()))
-    if max_grad_norm:
-      assert length > max_grad_norm
+  lengths = [
+    np.sqrt(sum(np.square(array).sum() for array in arrays.values()))
+    for arrays in exact
+  ]
+  assert norm == pytest.approx(lengths[-1], rel=1e-6)
+  assert min(lengths) > 40
+  if max_grad_norm:
+    for arrays, length in zip(exact, lengths, strict=True):
       for array in arrays.values():
         array *= max_grad_norm / length
-  assert norm == pytest.approx(length, rel=1e-6)
   expected = _numpy_adamw(
     {name: np.float64(array) for name, array in _by_name(params).items()},
     exact,
