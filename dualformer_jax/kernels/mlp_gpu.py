@@ -22,6 +22,7 @@ their gradient, and XLA multiplies them: 0.4 GB of memory traffic, 0.11 ms.
 """
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -58,28 +59,26 @@ def mlp(
 ) -> Float[Array, 'b n c']:
   """Returns x + branch_scale * (gelu(norm(x) @ w1 + b1) @ w2 + b2).
 
-  `branch_scale` has no gradient. The backward pass needs only the arguments.
+  `branch_scale` has no gradient. The backward pass needs the arguments and the
+  folded weights.
   """
+  weights = norm_scale, norm_bias, w1, b1, w2, b2
+  return _mlp_fwd(x, branch_scale, *weights)[0]
+
+
+def _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2):
   rows, scale = _flatten(x, branch_scale)
-  kernel, sums, bias = _fold(norm_scale, norm_bias, w1, b1, x.dtype)
-  w2 = w2.astype(x.dtype)
-  out = mlp_gpu_tokens.forward(rows, scale, kernel, sums, bias, w2, b2)
-  return out.reshape(x.shape)
-
-
-def _mlp_fwd(x, *weights):
-  return mlp(x, *weights), (x, *weights)
+  folded = _fold(norm_scale, norm_bias, w1, b1, w2, x.dtype)
+  out = mlp_gpu_tokens.forward(rows, scale, *folded, b2)
+  return out.reshape(x.shape), (x, scale, norm_scale, norm_bias, w1, folded)
 
 
 def _mlp_bwd(residuals, dout):
-  x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2 = residuals
-  rows, scale = _flatten(x, branch_scale)
+  x, scale, norm_scale, norm_bias, w1, folded = residuals
+  rows = x.reshape(-1, x.shape[-1])
   dout = dout.reshape(rows.shape)
-  kernel, sums, bias = _fold(norm_scale, norm_bias, w1, b1, x.dtype)
-  w2 = w2.astype(x.dtype)
-  dx, db2, rest = mlp_gpu_tokens.input_gradient(
-    rows, dout, scale, kernel, sums, bias, w2
-  )
+  kernel, sums, bias, w2 = folded
+  dx, db2, rest = mlp_gpu_tokens.input_gradient(rows, dout, scale, *folded)
   if mlp_gpu_tokens.TILINGS[x.shape[-1]].warpgroups == 1:
     dw1, dw2, db1, dmean = mlp_gpu_weights.weight_gradients(
       rows, dout, scale, *rest, kernel.T, sums, bias, w2
@@ -117,8 +116,12 @@ def _flatten(x, branch_scale):
   return x.reshape(batch * tokens, channels), scale.reshape(-1)
 
 
-def _fold(norm_scale, norm_bias, w1, b1, dtype):
-  """Returns w1' in `dtype`, the sums of its columns, and b1'."""
+def _fold(norm_scale, norm_bias, w1, b1, w2, dtype):
+  """Returns w1' in `dtype`, the sums of its columns, b1', and w2 in `dtype`.
+
+  They are saved for the backward pass, where each would take a launch again.
+  """
   kernel = (norm_scale[:, None] * w1).astype(dtype)
   sums = jnp.sum(kernel, axis=0, dtype=jnp.float32)
-  return kernel, sums, b1 + jnp.sum(norm_bias[:, None] * w1, axis=0)
+  bias = b1 + jnp.sum(norm_bias[:, None] * w1, axis=0)
+  return checkpoint_name((kernel, sums, bias, w2.astype(dtype)), 'weights')

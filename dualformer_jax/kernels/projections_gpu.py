@@ -16,6 +16,7 @@ into registers, so XLA also computes the products of that gradient.
 import functools
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -63,42 +64,51 @@ def norm_project(
     kernels: weights of the linear layers.
     biases: biases of the linear layers.
   """
-  return x, _project(
-    window, window is None, x, norm_scale, norm_bias, kernels, biases
-  )
+  return _norm_project_fwd(window, x, norm_scale, norm_bias, kernels, biases)[0]
 
 
 def _project(window, has_norm, x, norm_scale, norm_bias, kernels, biases):
-  folded = _fold(norm_scale, kernels, x.dtype)
+  """Returns the outputs, and the kernels that include the scale of the norm.
+
+  The latter are saved for the backward pass, which would take a launch for each
+  again.
+  """
+  folded = tuple(
+    checkpoint_name((norm_scale[:, None] * k).astype(x.dtype), 'weights')
+    for k in kernels
+  )
   # Products of float32 matrices may be less accurate than sums.
   biases = tuple(
     b + jnp.sum(norm_bias[:, None] * k, axis=0)
     for k, b in zip(kernels, biases, strict=True)
   )
-  return _normed_products(
+  outputs = _normed_products(
     window, has_norm, x, norm_scale, norm_bias, folded, biases
   )
+  return outputs, folded
 
 
 def _norm_project_fwd(window, x, *weights):
-  return norm_project(window, x, *weights), (x, *weights)
+  outputs, folded = _project(window, window is None, x, *weights)
+  return (x, outputs), (x, folded, *weights)
 
 
 def _norm_project_bwd(window, residuals, gradients):
-  x, *weights = residuals
+  x, folded, *weights = residuals
   dout, dys = gradients
   if x.shape[-1] > _MAX_CHANNELS:
     return _separate_gradients(window, x, dout, dys, *weights)[0]
-  return _fused_gradients(window, x, dout, tuple(dys), weights)[0]
+  return _fused_gradients(window, x, dout, tuple(dys), folded, weights)[0]
 
 
 norm_project.defvjp(_norm_project_fwd, _norm_project_bwd)
 
 
-def _fused_gradients(window, x, dout, dys, weights, plan=None, levels=()):
+def _fused_gradients(
+  window, x, dout, dys, folded, weights, plan=None, levels=()
+):
   """Returns gradients of x and weights, and the normalized tokens."""
   norm_scale, norm_bias, kernels, biases = weights
-  folded = _fold(norm_scale, kernels, x.dtype)
   dx, normalized, *sums = _norm_project_gradient(
     window, plan, x, dout, dys, norm_scale, folded, levels
   )
@@ -185,17 +195,20 @@ def norm_pool_project(
     biases: biases of the linear layers.
     pooling: kernels of the pooling to each level.
   """
+  operands = x, norm_scale, norm_bias, kernels, biases, pooling
+  return _norm_pool_project_fwd(plan, *operands)[0]
+
+
+def _norm_pool_project_fwd(plan, x, *weights):
+  norm_scale, norm_bias, kernels, biases, pooling = weights
   norm = norm_scale, norm_bias
-  outputs = _project(None, False, x, *norm, kernels, biases)
-  return x, outputs, pooling_gpu.pooled_sums(plan, x, *norm, pooling)
-
-
-def _norm_pool_project_fwd(plan, *operands):
-  return norm_pool_project(plan, *operands), operands
+  outputs, folded = _project(None, False, x, *norm, kernels, biases)
+  levels = pooling_gpu.pooled_sums(plan, x, *norm, pooling)
+  return (x, outputs, levels), (x, folded, *weights)
 
 
 def _norm_pool_project_bwd(plan, residuals, gradients):
-  x, *weights, pooling = residuals
+  x, folded, *weights, pooling = residuals
   norm_scale, norm_bias, *_ = weights
   dout, dys, dlevels = gradients
   dlevels = [dlevel.astype(x.dtype) for dlevel in dlevels]
@@ -207,7 +220,7 @@ def _norm_pool_project_bwd(plan, residuals, gradients):
   else:
     levels = pooling_gpu.gradient_operands(plan, dlevels, pooling)
     gradients, y = _fused_gradients(
-      None, x, dout, tuple(dys), weights, plan, levels
+      None, x, dout, tuple(dys), folded, weights, plan, levels
     )
   dpooling = pooling_gpu.kernel_gradients(
     plan, y.reshape(x.shape), dlevels, norm_scale, norm_bias
@@ -216,10 +229,6 @@ def _norm_pool_project_bwd(plan, residuals, gradients):
 
 
 norm_pool_project.defvjp(_norm_pool_project_fwd, _norm_pool_project_bwd)
-
-
-def _fold(norm_scale, kernels, dtype):
-  return tuple((norm_scale[:, None] * k).astype(dtype) for k in kernels)
 
 
 # Compiled functions are traced and lowered once for all blocks of a stage.

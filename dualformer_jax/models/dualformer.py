@@ -102,7 +102,9 @@ class Block(nn.Module):
 
     if self.remat == 'elementwise':
       project, project_fused, project_keys, project_levels, feed_forward = (
-        recompute.recomputed(function, self.compute, ('hidden', 'levels'))
+        recompute.recomputed(
+          function, self.compute, ('hidden', 'levels', 'weights')
+        )
         for function in (
           project,
           project_fused,
