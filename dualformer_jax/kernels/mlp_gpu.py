@@ -59,16 +59,19 @@ def mlp(
 ) -> Float[Array, 'b n c']:
   """Returns x + branch_scale * (gelu(norm(x) @ w1 + b1) @ w2 + b2).
 
-  `branch_scale` has no gradient. The backward pass needs the arguments and the
-  folded weights.
+  `branch_scale` has no gradient.
   """
   weights = norm_scale, norm_bias, w1, b1, w2, b2
   return _mlp_fwd(x, branch_scale, *weights)[0]
 
 
 def _mlp_fwd(x, branch_scale, norm_scale, norm_bias, w1, b1, w2, b2):
-  rows, scale = _flatten(x, branch_scale)
+  # What is saved would take launches again in the backward pass.
+  scale = jnp.repeat(branch_scale, x.shape[1])  # of each token
+  scale = checkpoint_name(scale, 'prepared')
   folded = _fold(norm_scale, norm_bias, w1, b1, w2, x.dtype)
+  folded = checkpoint_name(folded, 'prepared')
+  rows = x.reshape(-1, x.shape[-1])
   out = mlp_gpu_tokens.forward(rows, scale, *folded, b2)
   return out.reshape(x.shape), (x, scale, norm_scale, norm_bias, w1, folded)
 
@@ -109,19 +112,9 @@ def _product(x, dy):
   return jnp.einsum('ni,no->io', x, dy, preferred_element_type=jnp.float32)
 
 
-def _flatten(x, branch_scale):
-  """Returns tokens [n, c] and the factor of each token [n]."""
-  batch, tokens, channels = x.shape
-  scale = jnp.broadcast_to(branch_scale[:, None], (batch, tokens))
-  return x.reshape(batch * tokens, channels), scale.reshape(-1)
-
-
 def _fold(norm_scale, norm_bias, w1, b1, w2, dtype):
-  """Returns w1' in `dtype`, the sums of its columns, b1', and w2 in `dtype`.
-
-  They are saved for the backward pass, where each would take a launch again.
-  """
+  """Returns w1' in `dtype`, the sums of its columns, b1', and w2 in `dtype`."""
   kernel = (norm_scale[:, None] * w1).astype(dtype)
   sums = jnp.sum(kernel, axis=0, dtype=jnp.float32)
   bias = b1 + jnp.sum(norm_bias[:, None] * w1, axis=0)
-  return checkpoint_name((kernel, sums, bias, w2.astype(dtype)), 'weights')
+  return kernel, sums, bias, w2.astype(dtype)

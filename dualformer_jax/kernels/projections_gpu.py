@@ -74,7 +74,7 @@ def _project(window, has_norm, x, norm_scale, norm_bias, kernels, biases):
   again.
   """
   folded = tuple(
-    checkpoint_name((norm_scale[:, None] * k).astype(x.dtype), 'weights')
+    checkpoint_name((norm_scale[:, None] * k).astype(x.dtype), 'prepared')
     for k in kernels
   )
   # Products of float32 matrices may be less accurate than sums.

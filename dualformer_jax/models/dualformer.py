@@ -103,7 +103,7 @@ class Block(nn.Module):
     if self.remat == 'elementwise':
       project, project_fused, project_keys, project_levels, feed_forward = (
         recompute.recomputed(
-          function, self.compute, ('hidden', 'levels', 'weights')
+          function, self.compute, ('hidden', 'levels', 'prepared')
         )
         for function in (
           project,
