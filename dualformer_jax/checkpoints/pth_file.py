@@ -194,15 +194,8 @@ def _view(
         f'shape {shorten(shape)}, strides {shorten(strides)} and offset '
         f'{shorten(offset)} reach beyond its {storage.size} stored numbers'
       )
-    data = fetch(storage)
-    if not count:
-      return np.ndarray(shape, storage.dtype, data)
-    # A dimension of size 1 may have any stride.
-    itemsize = storage.dtype.itemsize
-    steps = [
-      stride * itemsize if size > 1 else 0
-      for size, stride in zip(shape, strides, strict=True)
-    ]
+    data, itemsize = fetch(storage), storage.dtype.itemsize
+    steps = [stride * itemsize for stride in strides]
     return np.ndarray(shape, storage.dtype, data, offset * itemsize, steps)
   except (ValueError, OverflowError) as error:
     raise UserError(f'{quote(name)}: {error}') from None
