@@ -233,11 +233,7 @@ def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
     raise UserError(
       f'{source} describes no model ({type(error).__name__}: {error})'
     ) from error
-  # A copy, as callers may change it.
-  return jax.tree.map(
-    lambda leaf: leaf,
-    {name: variables.get(name, {}) for name in ('params', 'batch_stats')},
-  )
+  return {name: variables.get(name, {}) for name in ('params', 'batch_stats')}
 
 
 @functools.lru_cache(maxsize=4)  # tracing takes a second
