@@ -42,26 +42,20 @@ def atomic_write(
   path.parent.mkdir(parents=True, exist_ok=True)
   encoding = None if 'b' in mode else 'utf-8'
   partial = path.with_name(f'.{path.name[:100]}.{uuid.uuid4().hex}.partial')
-  _unfinished.add(partial)
-  try:
+  with unfinished(partial):
     with open(partial, mode.replace('w', 'x'), encoding=encoding) as file:
       yield file
     os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
-  finally:
-    _unfinished.discard(partial)
 
 
 @contextlib.contextmanager
-def unfinished_folder(path: pathlib.Path) -> Iterator[None]:
-  """Removes a folder if the block fails or the process is ended in it."""
+def unfinished(path: pathlib.Path) -> Iterator[None]:
+  """Removes a file or folder if the block fails, or the process is ended."""
   _unfinished.add(path)
   try:
     yield
   except BaseException:
-    shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     raise
   finally:
     _unfinished.discard(path)
@@ -70,9 +64,13 @@ def unfinished_folder(path: pathlib.Path) -> Iterator[None]:
 def remove_unfinished() -> None:
   """Removes temporary files and folders before the process is ended."""
   for path in tuple(_unfinished):
-    shutil.rmtree(path, ignore_errors=True)  # unless it is a file
-    with contextlib.suppress(OSError):
-      path.unlink(missing_ok=True)
+    _remove(path)
+
+
+def _remove(path: pathlib.Path) -> None:
+  shutil.rmtree(path, ignore_errors=True)  # unless it is a file
+  with contextlib.suppress(OSError):
+    path.unlink(missing_ok=True)
 
 
 def check_target(

@@ -20,7 +20,7 @@ from dualformer_jax.checkpoints import (
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import CheckpointMetadata
 from dualformer_jax.errors import UserError
-from dualformer_jax.files import check_writable, read_text, unfinished_folder
+from dualformer_jax.files import check_writable, read_text, unfinished
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
@@ -98,7 +98,7 @@ def pth_to_folder(
   metadata = CheckpointMetadata(
     fields, preprocessing, names, config.dataset.multi_label
   )
-  with unfinished_folder(dst.with_name(f'{dst.name}.orbax-checkpoint-tmp')):
+  with unfinished(dst.with_name(f'{dst.name}.orbax-checkpoint-tmp')):
     checkpoint.save_model(dst, variables, metadata)
   return '\n'.join(
     [
