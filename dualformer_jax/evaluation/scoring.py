@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, Num
 import numpy as np
 
+from dualformer_jax import progress
 from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import loader
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.transforms import Preprocessing
-from dualformer_jax.progress import Progress
 
 _LOG = logging.getLogger(__name__)
 _compiled: set[tuple[Any, ...]] = set()  # steps and shapes of views
@@ -83,7 +83,7 @@ def score_split(
   logits, labels, masks = [], [], []
   # (index in the dataset, id, reason of failure or '') of this host's videos
   videos: list[tuple[int, str, str]] = []
-  with Progress(f'Scoring {data.split}', len(data), 'videos') as progress:
+  with progress.counting(f'Scoring {data.split}', len(data), 'videos') as add:
     for number, batch in enumerate(batches):
       first = number * batch_size
       names = ('views', 'labels', 'mask')
@@ -103,7 +103,7 @@ def score_split(
         if video_id:
           reason = '' if is_scored else next(reasons)[1]
           videos.append((first + index, video_id, reason))
-      progress.add(min(batch_size, len(data) - first))
+      add(min(batch_size, len(data) - first))
       if should_stop():
         return None
   # Several hosts can have the same videos.
