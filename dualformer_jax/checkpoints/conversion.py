@@ -77,9 +77,7 @@ def pth_to_folder(
   names, note = _class_names(config.dataset, class_names, in_file or wanted)
   fields = {**config.model.to_dict(), 'num_classes': len(names)}
   if not inflate:
-    fields['token_label'] = pytorch_names.has_token_head(state_dict)
-    is_attentive = pytorch_names.has_attentive_head(state_dict)
-    fields['head'] = 'attentive' if is_attentive else 'linear'
+    fields |= pytorch_names.head_fields(state_dict)
   model = DualFormer(**fields)
   shapes = checkpoint.variable_shapes(model, 'config.model')
   origins: list[str] = []

@@ -309,8 +309,9 @@ def test_head_is_recognized():
     reference_arrays.state_dict(name, 1)
     for name in ('micro', 'micro_tokenlabel')
   )
-  assert not pytorch_names.has_token_head(plain)
-  assert pytorch_names.has_token_head(token)
+  fields = {'token_label': False, 'head': 'linear'}
+  assert pytorch_names.head_fields(plain) == fields
+  assert pytorch_names.head_fields(token) == fields | {'token_label': True}
   assert (
     pytorch_names.num_classes(plain) == pytorch_names.num_classes(token) == 10
   )
