@@ -24,7 +24,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dualformer_jax.checkpoints import checksums, portable, stored_folder
-from dualformer_jax.checkpoints import metadata as metadata_lib
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
   CheckpointMetadata,
@@ -256,7 +255,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
       f'no checkpoint folder at {path}; to convert a .pth file, run python -m '
       'dualformer_jax.convert'
     )
-  if (folder / metadata_lib.FILE).is_file() or portable.is_portable(folder):
+  if (folder / stored_folder.MARKER).is_file() or portable.is_portable(folder):
     return folder
   for parent in (folder / LATEST, folder):
     if latest := latest_of(parent):
@@ -269,7 +268,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def latest_of(folder: pathlib.Path) -> pathlib.Path | None:
   """Returns the latest complete checkpoint in WORKDIR/checkpoints, if any."""
-  complete = [f.parent for f in folder.glob(f'*/{metadata_lib.FILE}')]
+  complete = [f.parent for f in folder.glob(f'*/{stored_folder.MARKER}')]
   steps = [child for child in complete if child.name.isdigit()]
   return max(steps, key=lambda child: int(child.name), default=None)
 
