@@ -140,25 +140,20 @@ def initialize(
     found.class_names == model.class_names
     and found.build_model().head == model.build_model().head
   )
-  gathered: Any = dict(variables)
-  if jax.process_count() > 1:  # each host holds a part
-    gathered = multihost_utils.process_allgather(gathered, tiled=True)
+  # Each host may hold a part.
+  initial = multihost_utils.process_allgather(dict(variables), tiled=True)
   result = adapt(
     source.state_dict,
-    pytorch_names.to_pytorch(jax.device_get(gathered)),
+    pytorch_names.to_pytorch(initial),
     keep_head=keep_head,
     name=source.name,
   )
   new, _ = pytorch_names.from_pytorch(
     result.state_dict, variables, source=source.name
   )
-
-  def put(array: np.ndarray, like: Any) -> Any:
-    where = getattr(like, 'sharding', None)
-    return array if where is None else sharding.put_tree(array, where)
-
   new = {name: new.get(name, {}) for name in variables}
-  return jax.tree.map(put, new, dict(variables)), result
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(variables))
+  return sharding.put_tree(new, shardings), result
 
 
 def is_image_model(state_dict: Mapping[str, np.ndarray]) -> bool:

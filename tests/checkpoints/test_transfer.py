@@ -274,7 +274,7 @@ def test_pth_files_of_images_and_videos_are_loaded(tmp_path):
   model = DualFormer(**fields, dtype='float32')
   shapes = jax.eval_shape(lambda: init_state(model, optax.identity(), seed=0))
   initial: Any = jax.tree.map(
-    lambda leaf: np.zeros(leaf.shape, leaf.dtype),
+    lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
     {'params': shapes.params, 'batch_stats': shapes.batch_stats},
   )
   variables, result = transfer.initialize(source, initial, description)
