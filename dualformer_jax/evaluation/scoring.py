@@ -91,11 +91,11 @@ def score_split(
       if (program := (scorer.eval_step, batch['views'].shape)) not in _compiled:
         _compiled.add(program)
         _LOG.info('compiling the evaluation: less than the training step took')
-      scores = np.asarray(scorer.eval_step(variables, arrays['views']))
-      mask = _gather(arrays['mask'])
-      masks.append(mask)
-      logits.append(scores[mask])
-      labels.append(_gather(arrays['labels'])[mask])
+      scores = np.asarray(scorer.eval_step(variables, arrays.pop('views')))
+      rows = multihost_utils.process_allgather(arrays, tiled=True)
+      masks.append(rows['mask'])
+      logits.append(scores[rows['mask']])
+      labels.append(rows['labels'][rows['mask']])
       reasons = iter(batch['failed'])
       for index, video_id, is_scored in zip(
         local_indices, batch['video_ids'], batch['mask'], strict=True
@@ -125,15 +125,8 @@ def score_split(
   )
 
 
-def _gather(local: jax.Array) -> np.ndarray:
-  """Returns all rows of an array that is sharded over hosts."""
-  return np.asarray(multihost_utils.process_allgather(local, tiled=True))
-
-
 def _gather_lists(items: list[Any]) -> list[Any]:
   """Returns the items of all hosts; they must be JSON."""
-  if jax.process_count() == 1:
-    return items
   data = np.frombuffer(json.dumps(items).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(data.size))
   padded = np.zeros(int(np.max(sizes)), np.uint8)
