@@ -8,7 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import IO, Any
+from typing import IO
 import uuid
 
 from dualformer_jax.errors import UserError
@@ -23,27 +23,20 @@ _unfinished: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
-def atomic_write(
-  path: str | os.PathLike[str], mode: str = 'wb'
-) -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """Opens a temporary file that replaces `path` when the block succeeds.
 
   If the block raises, `path` is left as it was and the temporary file is
   removed. Missing parent folders are created.
-
-  Args:
-    path: the file to write; an existing one is replaced.
-    mode: 'wb' for bytes, 'w' for text (UTF-8).
 
   Raises:
     OSError: the file cannot be written.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  encoding = None if 'b' in mode else 'utf-8'
   partial = path.with_name(f'.{path.name[:100]}.{uuid.uuid4().hex}.partial')
   with unfinished(partial):
-    with open(partial, mode.replace('w', 'x'), encoding=encoding) as file:
+    with open(partial, 'xb') as file:
       yield file
     os.replace(partial, path)
 
@@ -124,7 +117,7 @@ def check_writable(path: pathlib.Path, num_bytes: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def output_file(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
+def output_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """Opens a file as atomic_write does; an OSError becomes a UserError."""
   try:
     with atomic_write(path) as file:
