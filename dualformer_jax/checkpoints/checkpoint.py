@@ -68,11 +68,9 @@ class Checkpoints:
     if not self._is_shared:
       self._folder.mkdir(parents=True, exist_ok=True)
     # Any: for type checkers, Orbax's policies do not follow its protocols.
-    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     last: Any = ocp.training.preservation_policies.LatestN(keep)
     self._checkpointer = ocp.training.Checkpointer(
       str(self._folder),
-      save_decision_policy=always,
       preservation_policy=last,
       cleanup_tmp_directories=True,
     )
@@ -102,7 +100,7 @@ class Checkpoints:
       arrays = jax.tree.map(_whole, arrays)
     with _writing(self._folder):
       self._checkpointer.save_checkpointables_async(
-        metadata.step, arrays, custom_metadata=metadata.to_json()
+        metadata.step, arrays, force=True, custom_metadata=metadata.to_json()
       )
     self._pending = self._executor.submit(self._finish, metadata.step)
 
