@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import contextlib
 import json
 import pathlib
 from typing import Any
@@ -211,13 +210,13 @@ def write(
     report_page.chart_data(result),
     curves.training_curves(folder),
   )
-  with contextlib.ExitStack() as stack:
-    # A stack closes in reverse order: report.json appears last, when the other
-    # files are complete.
-    report_file, page_file, views_file = (
-      stack.enter_context(files.output_file(folder / name))
-      for name in (JSON_FILE, PAGE_FILE, VIEWS_FILE)
-    )
+  # Closed in reverse order: report.json appears last, when the other files are
+  # complete.
+  with (
+    files.output_file(folder / JSON_FILE) as report_file,
+    files.output_file(folder / PAGE_FILE) as page_file,
+    files.output_file(folder / VIEWS_FILE) as views_file,
+  ):
     result.save(views_file)
     # File names may contain bytes that are not valid UTF-8.
     page_file.write(page.encode('utf-8', 'replace'))
