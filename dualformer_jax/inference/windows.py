@@ -82,13 +82,11 @@ def window_clips(
     return True
 
   def clip(index: int, end: float) -> WindowClip:
-    number_shown = len(times) - index
-    if window is not None:
-      indices = _sample(p, times[index:], end, window, fps)
-    elif p.sampling == 'uniform':
-      [indices] = frame_sampling.uniform_eval_frames(number_shown, p.num_frames)
+    if window is None:  # Frames are the unit of time.
+      shown = range(len(times) - index)
+      indices = _sample(p, shown, len(shown), length, 1)
     else:
-      indices = np.arange(p.num_frames) * p.frame_interval % number_shown
+      indices = _sample(p, times[index:], end, window, fps)
     chosen = [recent[index + i] for i in indices]
     return WindowClip(times[index], end, np.stack(chosen))
 
