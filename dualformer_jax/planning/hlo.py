@@ -6,7 +6,7 @@ import itertools
 import math
 import re
 
-_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) .*\{$')
+_COMPUTATION = re.compile(r'^(?!HloModule)(?:ENTRY )?%?([\w.-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(')
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r':T\(([\d,]+)\)')
@@ -141,11 +141,9 @@ def parse(text: str) -> Module:
   entry = ''
   current: Computation = {}
   for line in text.splitlines():
-    if line.endswith('{') and not line.startswith((' ', 'HloModule')):
-      if found := _COMPUTATION.match(line):
-        current = computations[found[1]] = {}
-        entry = found[1] if line.startswith('ENTRY') else entry
-      continue
+    if found := _COMPUTATION.match(line):
+      current = computations[found[1]] = {}
+      entry = found[1] if line.startswith('ENTRY') else entry
     found = _INSTRUCTION.match(line)
     if not found:
       continue
