@@ -167,19 +167,16 @@ def parse(text: str) -> Module:
 
 
 def _parse_shapes(text: str) -> tuple[Shape, ...]:
-  shapes = []
-  for dtype, dims, layout in _SHAPE.findall(text):
-    tile = _TILE.search(layout)
-    shapes.append(
-      Shape(
-        dtype,
-        dims=parse_integers(dims),
-        in_memory=not re.search(r'S\([1-9]', layout),
-        minor_to_major=parse_integers(layout.split(':')[0]),
-        tile=parse_integers(tile[1] if tile else ''),
-      )
+  return tuple(
+    Shape(
+      dtype,
+      dims=parse_integers(dims),
+      in_memory=not re.search(r'S\([1-9]', layout),
+      minor_to_major=parse_integers(layout.split(':')[0]),
+      tile=parse_integers(''.join(_TILE.findall(layout))),
     )
-  return tuple(shapes)
+    for dtype, dims, layout in _SHAPE.findall(text)
+  )
 
 
 def parse_integers(text: str | None) -> tuple[int, ...]:
