@@ -189,15 +189,13 @@ def _with_config_paths(argv: list[str]) -> Iterator[str]:
   """Yields arguments, with the path of a recipe in place of its name."""
   previous = ''
   for argument in argv:
-    flag, _, name = argument.partition('=')
-    if previous in ('-config', '--config'):
-      flag, name = '', argument
-    previous = argument
-    is_name = flag in ('', '-config', '--config') and (
+    flag, equals, name = argument.rpartition('=')
+    is_name = (flag or previous) in ('-config', '--config') and (
       not pathlib.Path(name).is_file()
     )
+    previous = argument
     if is_name and (path := _config_files().get(name.removesuffix('.py'))):
-      argument = f'{flag}={path}' if flag else str(path)
+      argument = f'{flag}{equals}{path}'
     yield argument
 
 

@@ -24,7 +24,7 @@ from absl import flags
 from dualformer_jax import command_line
 from dualformer_jax.command_line import CHECKPOINT_HELP
 from dualformer_jax.errors import UserError, require
-from dualformer_jax.files import unfinished_folder
+from dualformer_jax.files import unfinished
 
 FLAGS = flags.FLAGS
 
@@ -58,7 +58,7 @@ def main() -> None:
     raise UserError(f'{error.strerror}; set TMPDIR to a folder') from error
   with (
     tempfile.TemporaryDirectory(prefix='dualformer_demo_') as folder,
-    unfinished_folder(pathlib.Path(folder)),
+    unfinished(pathlib.Path(folder)),
   ):
     tempfile.tempdir = folder
     # Gradio reads these when it is imported.

@@ -8,7 +8,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import IO, Any
+from typing import IO
 import uuid
 
 from dualformer_jax.errors import UserError
@@ -23,45 +23,32 @@ _unfinished: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
-def atomic_write(
-  path: str | os.PathLike[str], mode: str = 'wb'
-) -> Iterator[IO[Any]]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """Opens a temporary file that replaces `path` when the block succeeds.
 
   If the block raises, `path` is left as it was and the temporary file is
   removed. Missing parent folders are created.
-
-  Args:
-    path: the file to write; an existing one is replaced.
-    mode: 'wb' for bytes, 'w' for text (UTF-8).
 
   Raises:
     OSError: the file cannot be written.
   """
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  encoding = None if 'b' in mode else 'utf-8'
   partial = path.with_name(f'.{path.name[:100]}.{uuid.uuid4().hex}.partial')
-  _unfinished.add(partial)
-  try:
-    with open(partial, mode.replace('w', 'x'), encoding=encoding) as file:
+  with unfinished(partial):
+    with open(partial, 'xb') as file:
       yield file
     os.replace(partial, path)
-  except BaseException:
-    partial.unlink(missing_ok=True)
-    raise
-  finally:
-    _unfinished.discard(partial)
 
 
 @contextlib.contextmanager
-def unfinished_folder(path: pathlib.Path) -> Iterator[None]:
-  """Removes a folder if the block fails or the process is ended in it."""
+def unfinished(path: pathlib.Path) -> Iterator[None]:
+  """Removes a file or folder if the block fails, or the process is ended."""
   _unfinished.add(path)
   try:
     yield
   except BaseException:
-    shutil.rmtree(path, ignore_errors=True)
+    _remove(path)
     raise
   finally:
     _unfinished.discard(path)
@@ -70,9 +57,13 @@ def unfinished_folder(path: pathlib.Path) -> Iterator[None]:
 def remove_unfinished() -> None:
   """Removes temporary files and folders before the process is ended."""
   for path in tuple(_unfinished):
-    shutil.rmtree(path, ignore_errors=True)  # unless it is a file
-    with contextlib.suppress(OSError):
-      path.unlink(missing_ok=True)
+    _remove(path)
+
+
+def _remove(path: pathlib.Path) -> None:
+  shutil.rmtree(path, ignore_errors=True)  # unless it is a file
+  with contextlib.suppress(OSError):
+    path.unlink(missing_ok=True)
 
 
 def check_target(
@@ -126,7 +117,7 @@ def check_writable(path: pathlib.Path, num_bytes: int = 0) -> None:
 
 
 @contextlib.contextmanager
-def output_file(path: str | os.PathLike[str]) -> Iterator[IO[Any]]:
+def output_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
   """Opens a file as atomic_write does; an OSError becomes a UserError."""
   try:
     with atomic_write(path) as file:

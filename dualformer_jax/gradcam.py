@@ -8,7 +8,6 @@ python -m dualformer_jax.gradcam --checkpoint=DIR --out=FILE.gif VIDEO \
 import functools
 import pathlib
 import re
-from typing import Any
 
 from absl import flags
 
@@ -98,35 +97,26 @@ def main(arguments: list[str]) -> None:
     clip = visualize.load_clip(
       recognizer, video, views, index=FLAGS.view, size=FLAGS.resolution
     )
+  style = (FLAGS.colormap, FLAGS.opacity)
   with progress.waiting('computing the picture'):
-    picture = _draw(recognizer, views, clip, layer)
+    if token is not None:
+      picture = visualize.draw_attention(recognizer, clip, layer, token, style)
+    elif FLAGS.tokens:
+      picture, shares = visualize.draw_token_classes(
+        recognizer, clip, FLAGS.opacity
+      )
+      for name, share in shares:
+        print(f'{share:7.1%}  {name}')
+    else:
+      probabilities = recognizer.probabilities(views)
+      for name, probability in recognizer.top(probabilities):
+        print(f'{probability:10.6f}  {name}')
+      label = FLAGS.label or int(probabilities.argmax())
+      picture = visualize.draw_gradcam(recognizer, clip, layer, label, style)
   visualize.write(out, picture, FLAGS.fps or clip.fps)
   print(
     f'{picture.caption}, view {clip.index} of 0 to {len(views) - 1} -> {out}'
   )
-
-
-def _draw(recognizer: Any, views: Any, clip: Any, layer: str) -> Any:
-  """Returns the picture of a clip; prints the classes."""
-  from dualformer_jax.inference import visualize
-
-  style = (FLAGS.colormap, FLAGS.opacity)
-  if FLAGS.attention:
-    return visualize.draw_attention(
-      recognizer, clip, layer, FLAGS.attention, style
-    )
-  if FLAGS.tokens:
-    picture, shares = visualize.draw_token_classes(
-      recognizer, clip, FLAGS.opacity
-    )
-    for name, share in shares:
-      print(f'{share:7.1%}  {name}')
-    return picture
-  probabilities = recognizer.probabilities(views)
-  for name, probability in recognizer.top(probabilities):
-    print(f'{probability:10.6f}  {name}')
-  label = FLAGS.label or int(probabilities.argmax())
-  return visualize.draw_gradcam(recognizer, clip, layer, label, style)
 
 
 cli = functools.partial(command_line.run, main, define_flags, arguments='VIDEO')

@@ -1,6 +1,6 @@
 """Progress bars and progress logging."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import contextlib
 import logging
 import sys
@@ -16,79 +16,66 @@ _SECONDS_BETWEEN_LINES = 10.0
 _LOG = logging.getLogger(__name__)
 
 
-class Progress:
+@contextlib.contextmanager
+def counting(
+  description: str, total: float | None, unit: str
+) -> Iterator[Callable[[float], object]]:
   """Shows how much is done, the rate, and the time left.
 
   In a terminal it is a bar on stderr, which appears after some seconds.
-  Elsewhere it logs a line every ten seconds.
+  Elsewhere it logs a line every ten seconds, and a last one if it has logged
+  any.
+
+  Args:
+    description: what is being done, such as 'Testing'.
+    total: how many units there are; None if that is not known.
+    unit: name of a unit in the plural, such as 'videos'.
+
+  Yields:
+    A function that counts a number of units as done.
   """
+  if sys.stderr.isatty():
+    with tqdm.tqdm(
+      desc=description, total=total, unit=f' {unit}', delay=3
+    ) as bar:
+      yield bar.update
+    return
+  start = last_line = time.monotonic()
+  done = 0.0
 
-  def __init__(self, description: str, total: float | None, unit: str):
-    """Starts the clock.
-
-    Args:
-      description: what is being done, such as 'Testing'.
-      total: how many units there are; None if that is not known.
-      unit: name of a unit in the plural, such as 'videos'.
-    """
-    self._description, self._total, self._unit = description, total, unit
-    self._start = self._last_line = time.monotonic()
-    self._done = 0.0
-    self._bar = None
-    if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(
-        desc=description, total=total, unit=f' {unit}', delay=3
-      )
-
-  def add(self, amount: float = 1) -> None:
-    """Counts `amount` more units as done."""
-    self._done += amount
-    if self._bar is not None:
-      self._bar.update(amount)
-    elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
-      self._log()
-
-  def close(self) -> None:
-    """Ends the bar, or logs a last line if it has logged any."""
-    if self._bar is not None:
-      self._bar.close()
-    elif self._last_line > self._start:
-      self._log()
-
-  def __enter__(self) -> 'Progress':
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
-  def _log(self) -> None:
-    self._last_line = time.monotonic()
-    rate = self._done / max(self._last_line - self._start, 1e-9)
+  def log() -> None:
+    nonlocal last_line
+    last_line = time.monotonic()
+    rate = done / max(last_line - start, 1e-9)
     of_total, left = '', ''
-    if self._total is not None:
-      of_total = f' of {self._total:.0f}'
-      seconds = max(self._total - self._done, 0) / max(rate, 1e-9)
+    if total is not None:
+      of_total = f' of {total:.0f}'
+      seconds = max(total - done, 0) / max(rate, 1e-9)
       left = f', {format_duration(seconds)} left'
-    _LOG.info(
-      '%s: %.0f%s %s, %.2f %s/s%s',
-      self._description,
-      self._done,
-      of_total,
-      self._unit,
-      rate,
-      self._unit,
-      left,
-    )
+    amount = f'{done:.0f}{of_total} {unit}, {rate:.2f} {unit}/s{left}'
+    _LOG.info('%s: %s', description, amount)
+
+  def add(amount: float) -> None:
+    nonlocal done
+    done += amount
+    if time.monotonic() - last_line >= _SECONDS_BETWEEN_LINES:
+      log()
+
+  try:
+    yield add
+  finally:
+    if last_line > start:
+      log()
 
 
 def track(
   items: Iterable[T], description: str, total: float | None, unit: str
 ) -> Iterator[T]:
-  """Yields the items and shows progress; see Progress for the arguments."""
-  with Progress(description, total, unit) as progress:
+  """Yields the items and shows progress; see `counting` for the arguments."""
+  with counting(description, total, unit) as add:
     for item in items:
       yield item
-      progress.add()
+      add(1)
 
 
 @contextlib.contextmanager

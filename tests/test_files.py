@@ -96,11 +96,11 @@ def test_unfinished_folder_is_removed_unless_the_block_succeeds(tmp_path):
   for folder in (kept, failed, ended):
     folder.mkdir()
     (folder / 'file').touch()
-  with files.unfinished_folder(kept):
+  with files.unfinished(kept):
     pass
-  with pytest.raises(OSError), files.unfinished_folder(failed):
+  with pytest.raises(OSError), files.unfinished(failed):
     raise OSError
-  with files.unfinished_folder(ended):
+  with files.unfinished(ended):
     files.remove_unfinished()  # as at a signal
     assert not ended.exists()
   assert (kept / 'file').exists()

@@ -24,7 +24,6 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from dualformer_jax.checkpoints import checksums, portable, stored_folder
-from dualformer_jax.checkpoints import metadata as metadata_lib
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import (
   CheckpointMetadata,
@@ -69,11 +68,9 @@ class Checkpoints:
     if not self._is_shared:
       self._folder.mkdir(parents=True, exist_ok=True)
     # Any: for type checkers, Orbax's policies do not follow its protocols.
-    always: Any = ocp.training.save_decision_policies.FixedIntervalPolicy(1)
     last: Any = ocp.training.preservation_policies.LatestN(keep)
     self._checkpointer = ocp.training.Checkpointer(
       str(self._folder),
-      save_decision_policy=always,
       preservation_policy=last,
       cleanup_tmp_directories=True,
     )
@@ -103,7 +100,7 @@ class Checkpoints:
       arrays = jax.tree.map(_whole, arrays)
     with _writing(self._folder):
       self._checkpointer.save_checkpointables_async(
-        metadata.step, arrays, custom_metadata=metadata.to_json()
+        metadata.step, arrays, force=True, custom_metadata=metadata.to_json()
       )
     self._pending = self._executor.submit(self._finish, metadata.step)
 
@@ -233,11 +230,7 @@ def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
     raise UserError(
       f'{source} describes no model ({type(error).__name__}: {error})'
     ) from error
-  # A copy, as callers may change it.
-  return jax.tree.map(
-    lambda leaf: leaf,
-    {name: variables.get(name, {}) for name in ('params', 'batch_stats')},
-  )
+  return {name: variables.get(name, {}) for name in ('params', 'batch_stats')}
 
 
 @functools.lru_cache(maxsize=4)  # tracing takes a second
@@ -260,7 +253,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
       f'no checkpoint folder at {path}; to convert a .pth file, run python -m '
       'dualformer_jax.convert'
     )
-  if (folder / metadata_lib.FILE).is_file() or portable.is_portable(folder):
+  if (folder / stored_folder.MARKER).is_file() or portable.is_portable(folder):
     return folder
   for parent in (folder / LATEST, folder):
     if latest := latest_of(parent):
@@ -273,7 +266,7 @@ def find(path: str | os.PathLike[str]) -> pathlib.Path:
 
 def latest_of(folder: pathlib.Path) -> pathlib.Path | None:
   """Returns the latest complete checkpoint in WORKDIR/checkpoints, if any."""
-  complete = [f.parent for f in folder.glob(f'*/{metadata_lib.FILE}')]
+  complete = [f.parent for f in folder.glob(f'*/{stored_folder.MARKER}')]
   steps = [child for child in complete if child.name.isdigit()]
   return max(steps, key=lambda child: int(child.name), default=None)
 

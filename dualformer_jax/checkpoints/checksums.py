@@ -15,8 +15,8 @@ def write(folder: pathlib.Path) -> None:
   """Writes the checksums of a complete folder."""
   files = sorted(path for path in folder.rglob('*') if path.is_file())
   lines = [f'{_digest(path)}  {path.relative_to(folder)}\n' for path in files]
-  with atomic_write(folder / FILE, 'w') as file:
-    file.write(''.join(lines))
+  with atomic_write(folder / FILE) as file:
+    file.write(''.join(lines).encode())
 
 
 def verify(folder: pathlib.Path, wanted: Collection[str] | None = None) -> None:

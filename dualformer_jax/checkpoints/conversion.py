@@ -20,7 +20,7 @@ from dualformer_jax.checkpoints import (
 from dualformer_jax.checkpoints.messages import listed
 from dualformer_jax.checkpoints.metadata import CheckpointMetadata
 from dualformer_jax.errors import UserError
-from dualformer_jax.files import check_writable, read_text, unfinished_folder
+from dualformer_jax.files import check_writable, read_text, unfinished
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
@@ -77,9 +77,7 @@ def pth_to_folder(
   names, note = _class_names(config.dataset, class_names, in_file or wanted)
   fields = {**config.model.to_dict(), 'num_classes': len(names)}
   if not inflate:
-    fields['token_label'] = pytorch_names.has_token_head(state_dict)
-    is_attentive = pytorch_names.has_attentive_head(state_dict)
-    fields['head'] = 'attentive' if is_attentive else 'linear'
+    fields |= pytorch_names.head_fields(state_dict)
   model = DualFormer(**fields)
   shapes = checkpoint.variable_shapes(model, 'config.model')
   origins: list[str] = []
@@ -98,7 +96,7 @@ def pth_to_folder(
   metadata = CheckpointMetadata(
     fields, preprocessing, names, config.dataset.multi_label
   )
-  with unfinished_folder(dst.with_name(f'{dst.name}.orbax-checkpoint-tmp')):
+  with unfinished(dst.with_name(f'{dst.name}.orbax-checkpoint-tmp')):
     checkpoint.save_model(dst, variables, metadata)
   return '\n'.join(
     [

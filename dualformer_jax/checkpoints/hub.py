@@ -271,9 +271,9 @@ def _remember(address: Address, commit: str) -> None:
   # A cache may be read-only.
   with (
     contextlib.suppress(OSError),
-    files.atomic_write(folder / address.revision, 'w') as file,
+    files.atomic_write(folder / address.revision) as file,
   ):
-    file.write(commit)
+    file.write(commit.encode())
 
 
 @contextlib.contextmanager

@@ -13,8 +13,6 @@ from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline.transforms import Preprocessing
 from dualformer_jax.models.dualformer import DualFormer
 
-FILE = MARKER
-
 # Fields of a model that do not change its parameters.
 _FREE_FIELDS = ('dtype', 'remat', 'drop_path_rate', 'head_dropout', 'kernels')
 
@@ -54,8 +52,8 @@ class CheckpointMetadata:
 def read_metadata(folder: pathlib.Path) -> CheckpointMetadata:
   """Reads the metadata of a checkpoint folder; UserError if it is invalid."""
   try:
-    if (folder / FILE).is_file():
-      content = json.loads((folder / FILE).read_text('utf-8'))
+    if (folder / MARKER).is_file():
+      content = json.loads((folder / MARKER).read_text('utf-8'))
       return from_json(content['custom_metadata'])
     return from_json(json.loads((folder / CONFIG).read_text('utf-8')))
   except UserError as error:

@@ -31,7 +31,7 @@ from dualformer_jax.checkpoints.safe_pickle import (
 )
 from dualformer_jax.checkpoints.state_dicts import Weights
 from dualformer_jax.errors import UserError
-from dualformer_jax.files import atomic_write
+from dualformer_jax.files import output_file
 
 _MAX_PICKLE_BYTES = 64 << 20
 # Weights hardly compress: a file that unpacks to more than this many times its
@@ -47,11 +47,11 @@ _LEGACY_VERSION = 1001
 _FOREIGN = 'not a checkpoint written by torch.save'
 # What malformed files make zipfile, struct and the code below raise, such as a
 # LookupError for an empty stack or an unknown memo.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError)
-_DAMAGE += (NotImplementedError, OverflowError, ValueError)
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError)
+DAMAGE += (NotImplementedError, OverflowError, ValueError)
 
 
-def read_pth(path: str | os.PathLike[str], ema: bool = False) -> Weights:
+def read_pth(file: BinaryIO, ema: bool = False) -> Weights:
   """Reads the weights of a .pth file, without running any of its code.
 
   Both formats of torch.save, zip and legacy, are supported. For `ema` see
@@ -62,34 +62,24 @@ def read_pth(path: str | os.PathLike[str], ema: bool = False) -> Weights:
     read-only and may share memory.
 
   Raises:
-    UserError: torch.save did not write the file, it is damaged, or it needs
-      something other than tensors and plain values.
+    UserError: torch.save did not write the file, or it needs something other
+      than tensors and plain values.
+    One of DAMAGE: the file is damaged.
   """
-  try:
-    with pathlib.Path(path).open('rb') as file:
-      start = file.read(2)
-      file.seek(0)
-      if start == b'PK':
-        root, fetch = _read_zip(file)
-      elif start[:1] == pickle.PROTO:
-        root, fetch = _read_legacy(file)
-      else:
-        raise UserError(_FOREIGN)
-      tensors, *notes = state_dicts.select(root, Tensor, ema)
-      fetch = functools.cache(fetch)
-      arrays = {
-        name: _view(name, tensor, fetch) for name, tensor in tensors.items()
-      }
-      return Weights(arrays, *notes)
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from None
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'{path}: cannot be read: {reason}') from error
-  except _DAMAGE as error:
-    raise UserError(
-      f'{path}: truncated or damaged, {quote(error)}; download it again'
-    ) from error
+  start = file.read(2)
+  file.seek(0)
+  if start == b'PK':
+    root, fetch = _read_zip(file)
+  elif start[:1] == pickle.PROTO:
+    root, fetch = _read_legacy(file)
+  else:
+    raise UserError(_FOREIGN)
+  tensors, *notes = state_dicts.select(root, Tensor, ema)
+  fetch = functools.cache(fetch)
+  arrays = {
+    name: _view(name, tensor, fetch) for name, tensor in tensors.items()
+  }
+  return Weights(arrays, *notes)
 
 
 def _read_zip(file: BinaryIO) -> tuple[object, Callable[[Storage], bytes]]:
@@ -204,15 +194,8 @@ def _view(
         f'shape {shorten(shape)}, strides {shorten(strides)} and offset '
         f'{shorten(offset)} reach beyond its {storage.size} stored numbers'
       )
-    data = fetch(storage)
-    if not count:
-      return np.ndarray(shape, storage.dtype, data)
-    # A dimension of size 1 may have any stride.
-    itemsize = storage.dtype.itemsize
-    steps = [
-      stride * itemsize if size > 1 else 0
-      for size, stride in zip(shape, strides, strict=True)
-    ]
+    data, itemsize = fetch(storage), storage.dtype.itemsize
+    steps = [stride * itemsize for stride in strides]
     return np.ndarray(shape, storage.dtype, data, offset * itemsize, steps)
   except (ValueError, OverflowError) as error:
     raise UserError(f'{quote(name)}: {error}') from None
@@ -238,24 +221,20 @@ def write_pth(
   path = pathlib.Path(path)
   if path.exists():
     raise UserError(f'{path} exists already; choose another name')
-  try:
-    with atomic_write(path) as file, zipfile.ZipFile(file, 'w') as archive:
-      content = _pickle_tensors(state_dict)
-      archive.writestr(zipfile.ZipInfo('archive/data.pkl'), content)
-      archive.writestr(zipfile.ZipInfo('archive/byteorder'), b'little')
-      for key, array in enumerate(state_dict.values()):
-        entry = zipfile.ZipInfo(f'archive/data/{key}')
-        # PyTorch maps storages into memory if they begin at multiples of 64
-        # bytes; it pads with an extra field of this name.
-        begin = file.tell() + 30 + len(entry.filename) + 4
-        padding = -begin % 64
-        entry.extra = b'FB' + struct.pack('<H', padding) + bytes(padding)
-        little = array.dtype.newbyteorder('<')
-        archive.writestr(entry, array.astype(little, copy=False).tobytes())
-      archive.writestr(zipfile.ZipInfo('archive/version'), b'3\n')
-  except OSError as error:
-    reason = error.strerror or error
-    raise UserError(f'{path} cannot be written: {reason}') from error
+  with output_file(path) as file, zipfile.ZipFile(file, 'w') as archive:
+    content = _pickle_tensors(state_dict)
+    archive.writestr(zipfile.ZipInfo('archive/data.pkl'), content)
+    archive.writestr(zipfile.ZipInfo('archive/byteorder'), b'little')
+    for key, array in enumerate(state_dict.values()):
+      entry = zipfile.ZipInfo(f'archive/data/{key}')
+      # PyTorch maps storages into memory if they begin at multiples of 64
+      # bytes; it pads with an extra field of this name.
+      begin = file.tell() + 30 + len(entry.filename) + 4
+      padding = -begin % 64
+      entry.extra = b'FB' + struct.pack('<H', padding) + bytes(padding)
+      little = array.dtype.newbyteorder('<')
+      archive.writestr(entry, array.astype(little, copy=False).tobytes())
+    archive.writestr(zipfile.ZipInfo('archive/version'), b'3\n')
 
 
 def _pickle_tensors(state_dict: Mapping[str, np.ndarray]) -> bytes:

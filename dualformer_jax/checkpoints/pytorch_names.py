@@ -17,15 +17,12 @@ import numpy as np
 from dualformer_jax.checkpoints.messages import listed, quote, shorten
 from dualformer_jax.errors import UserError
 
-# Flax name of an array -> PyTorch name.
+# Flax name of an array -> PyTorch name, where they differ.
 _ARRAYS = {
   'kernel': 'weight',
   'scale': 'weight',
-  'bias': 'bias',
   'mean': 'running_mean',
   'var': 'running_var',
-  'num_batches_tracked': 'num_batches_tracked',
-  'query': 'query',
 }
 # End of a Flax path (regex) -> axes in Flax and in PyTorch; the first match is
 # used. n: attention heads; e: channels of a head; c: 2 projections (key, value)
@@ -50,14 +47,13 @@ _ORDER = (
 )
 
 
-def has_token_head(state_dict: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether a PyTorch state_dict has a token-label head."""
-  return 'cls_head.token_linear.0.weight' in state_dict
-
-
-def has_attentive_head(state_dict: Mapping[str, np.ndarray]) -> bool:
-  """Returns whether a PyTorch state_dict has an attentive head."""
-  return 'cls_head.attn.query' in state_dict
+def head_fields(state_dict: Mapping[str, np.ndarray]) -> dict[str, Any]:
+  """Returns the heads of a PyTorch state_dict, as fields of DualFormer."""
+  is_attentive = 'cls_head.attn.query' in state_dict
+  return {
+    'token_label': 'cls_head.token_linear.0.weight' in state_dict,
+    'head': 'attentive' if is_attentive else 'linear',
+  }
 
 
 def num_classes(state_dict: Mapping[str, np.ndarray]) -> int | None:
@@ -156,7 +152,7 @@ def _find(path: str) -> tuple[str, str]:
   for pattern, layout in _LAYOUTS.items():
     if re.search(f'/({pattern})$', path):
       module = re.sub(r'_(?=\d)', '.', '.'.join(modules))
-      return f'{module}.{_ARRAYS[array]}', layout
+      return f'{module}.{_ARRAYS.get(array, array)}', layout
   raise ValueError(f'{path} is no parameter or statistic of DualFormer')
 
 

@@ -6,6 +6,7 @@ save averages (EMA) of the weights next to them.
 
 import collections
 from collections.abc import Mapping
+import itertools
 from typing import Any, NamedTuple
 
 from dualformer_jax.checkpoints.messages import listed, quote
@@ -122,13 +123,8 @@ def _only_averages() -> UserError:
 
 def _split(name: str) -> tuple[str, bool, str]:
   """Returns the prefix of a name, whether it is of EMA, and the rest."""
-  parts, is_average = name.split('.'), False
-  start = 0
-  while start < len(parts) - 1 and (
-    parts[start] in (_COMPILED, *_PREFIXES, *_EMA_PREFIXES)
-  ):
-    is_average |= parts[start] in _EMA_PREFIXES
-    start += 1
-  prefix = ''.join(f'{part}.' for part in parts[:start])
-  rest = [part for part in parts[start:] if part != _COMPILED]
-  return prefix, is_average, '.'.join(rest)
+  parts, known = name.split('.'), (_COMPILED, *_PREFIXES, *_EMA_PREFIXES)
+  start = list(itertools.takewhile(lambda part: part in known, parts[:-1]))
+  is_average = any(part in _EMA_PREFIXES for part in start)
+  rest = [part for part in parts[len(start) :] if part != _COMPILED]
+  return ''.join(f'{part}.' for part in start), is_average, '.'.join(rest)

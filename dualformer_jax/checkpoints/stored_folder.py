@@ -194,7 +194,7 @@ def copy_checkpoint(
   )
   partial = folder.parent.parent / f'.{uuid.uuid4().hex}.partial'
   files.check_writable(partial, sum(wanted.values()))
-  with files.unfinished_folder(partial):
+  with files.unfinished(partial):
     for_all(
       lambda name: store.download(start + name, partial / name, wanted[name]),
       wanted,

@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Source:
 
 
 def check(source: Source, model: DualFormer) -> None:
-  """Raises UserError if `initialize` could not; computes nothing with JAX.
+  """Raises UserError if `initialize` could not; needs no accelerator.
 
   The number of classes of the model does not matter.
   """
@@ -140,25 +140,20 @@ def initialize(
     found.class_names == model.class_names
     and found.build_model().head == model.build_model().head
   )
-  gathered: Any = dict(variables)
-  if jax.process_count() > 1:  # each host holds a part
-    gathered = multihost_utils.process_allgather(gathered, tiled=True)
+  # Each host may hold a part.
+  initial = multihost_utils.process_allgather(dict(variables), tiled=True)
   result = adapt(
     source.state_dict,
-    pytorch_names.to_pytorch(jax.device_get(gathered)),
+    pytorch_names.to_pytorch(initial),
     keep_head=keep_head,
     name=source.name,
   )
   new, _ = pytorch_names.from_pytorch(
     result.state_dict, variables, source=source.name
   )
-
-  def put(array: np.ndarray, like: Any) -> Any:
-    where = getattr(like, 'sharding', None)
-    return array if where is None else sharding.put_tree(array, where)
-
   new = {name: new.get(name, {}) for name in variables}
-  return jax.tree.map(put, new, dict(variables)), result
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, dict(variables))
+  return sharding.put_tree(new, shardings), result
 
 
 def is_image_model(state_dict: Mapping[str, np.ndarray]) -> bool:
@@ -243,28 +238,14 @@ def _other_model(name: str, differences: list[str]) -> UserError:
 def _resize(
   kernel: Float[np.ndarray, 'o i t h w'], shape: tuple[int, ...]
 ) -> Float[np.ndarray, 'o i t2 h2 w2']:
-  """Resizes the last three axes linearly and keeps the sum of the kernel."""
-  matrices = (
-    _resize_matrix(old, new)
-    for old, new in zip(kernel.shape[2:], shape[2:], strict=True)
-  )
-  resized = np.einsum('oithw,at,bh,cw->oiabc', kernel, *matrices, optimize=True)
-  return resized.astype(kernel.dtype)
+  """Resizes the last three axes linearly and keeps the sum of the kernel.
 
-
-def _resize_matrix(old: int, new: int) -> Float[np.ndarray, 'new old']:
-  """Returns the matrix of a linear resize, times old / new.
-
-  Pixel centers are at half-integers. Shrinking averages the pixels that fall
-  into a new one. Rows sum to old / new, so a constant kernel keeps its sum.
+  Shrinking averages the values that fall into a new one.
   """
-  scale = old / new
-  centers = (np.arange(new) + 0.5) * scale - 0.5
-  if new > old:
-    centers = np.clip(centers, 0, old - 1)
-  distances = np.abs(centers[:, None] - np.arange(old))
-  weights = np.maximum(1 - distances / max(scale, 1), 0)
-  return weights / weights.sum(axis=1, keepdims=True) * scale
+  with jax.default_device(jax.local_devices(backend='cpu')[0]):
+    resized = jax.image.resize(kernel.astype(np.float32), shape, 'linear')
+  repeats = math.prod(shape[2:]) / math.prod(kernel.shape[2:])
+  return (np.asarray(resized) / repeats).astype(kernel.dtype)
 
 
 def _summary(names: list[str]) -> str:

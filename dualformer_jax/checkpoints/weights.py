@@ -1,8 +1,8 @@
 """Reads weights from .pth and .safetensors files, also of other trainers."""
 
 import os
-import pathlib
 import re
+from typing import BinaryIO
 
 from flax import traverse_util
 import ml_dtypes
@@ -54,18 +54,30 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Weights:
   """
   try:
     with open(path, 'rb') as file:
-      start = file.read(512)
+      return _read(file, ema)
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from None
   except OSError as error:
-    raise UserError(f'{path}: cannot be read: {error.strerror}') from error
+    reason = error.strerror or error
+    raise UserError(f'{path}: cannot be read: {reason}') from error
+  except (safetensors.SafetensorError, *pth_file.DAMAGE) as error:
+    raise UserError(
+      f'{path}: truncated or damaged, {quote(error)}; download it again'
+    ) from error
+
+
+def _read(file: BinaryIO, ema: bool) -> Weights:
+  start = file.read(512)
+  file.seek(0)
   if not start:
-    raise UserError(f'{path}: is empty; download it again')
+    raise UserError('is empty; download it again')
   for pattern, problem in _NOT_WEIGHTS.items():
     if re.match(pattern, start, re.IGNORECASE):
-      raise UserError(f'{path}: is {problem}')
+      raise UserError(f'is {problem}')
   if start[8:9] == b'{':  # after the length of this header
-    weights = _read_safetensors(pathlib.Path(path), ema)
+    weights = _read_safetensors(file.read(), ema)
   else:
-    weights = pth_file.read_pth(path, ema)
+    weights = pth_file.read_pth(file, ema)
   broken = [
     name
     for name, array in weights.state_dict.items()
@@ -73,30 +85,23 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Weights:
   ]
   if broken:
     raise UserError(
-      f'{path}: has NaN or infinite values in {len(broken)} of '
+      f'has NaN or infinite values in {len(broken)} of '
       f'{len(weights.state_dict)} weights: {listed(map(quote, broken), 3)}; '
       'its training diverged, so use an earlier checkpoint'
     )
   return weights
 
 
-def _read_safetensors(path: pathlib.Path, ema: bool) -> Weights:
+def _read_safetensors(content: bytes, ema: bool) -> Weights:
   arrays: dict[str, np.ndarray] = {}
-  try:
-    tensors = safetensors.deserialize(path.read_bytes())
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
-      dtype = _DTYPES.get(tensor['dtype'])
-      if dtype is None:
-        raise UserError(f'{quote(name)} is of type {tensor["dtype"]}')
-      flat = np.frombuffer(tensor['data'], dtype)
-      arrays[name] = flat.reshape(tensor['shape'])
-    if any(name.startswith('params/') for name in arrays):  # of `export`
-      variables = traverse_util.unflatten_dict(arrays, sep='/')
-      return Weights(pytorch_names.to_pytorch(variables), [], [])
-    return state_dicts.select(arrays, np.ndarray, ema)
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from None
-  except (safetensors.SafetensorError, ValueError, KeyError) as error:
-    raise UserError(
-      f'{path}: truncated or damaged, {quote(error)}; download it again'
-    ) from error
+  tensors = safetensors.deserialize(content)
+  for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    dtype = _DTYPES.get(tensor['dtype'])
+    if dtype is None:
+      raise UserError(f'{quote(name)} is of type {tensor["dtype"]}')
+    flat = np.frombuffer(tensor['data'], dtype)
+    arrays[name] = flat.reshape(tensor['shape'])
+  if any(name.startswith('params/') for name in arrays):  # of `export`
+    variables = traverse_util.unflatten_dict(arrays, sep='/')
+    return Weights(pytorch_names.to_pytorch(variables), [], [])
+  return state_dicts.select(arrays, np.ndarray, ema)

@@ -32,13 +32,10 @@ def training_curves(workdir: pathlib.Path) -> list[dict[str, Any]]:
 
   Each has a name, and its steps and values; long ones are thinned out.
   """
-  series: dict[str, list[tuple[int, float]]] = {}
-  for step, metrics in read_metrics(workdir):
-    for name, value in metrics.items():
-      series.setdefault(name, []).append((step, float(value)))
+  records = list(read_metrics(workdir))
   curves = []
   for name in ('train/loss', 'validation/top1', 'validation/mAP'):
-    points = series.get(name, [])
+    points = [(step, float(m[name])) for step, m in records if name in m]
     stride = -(-len(points) // _MAX_POINTS) or 1
     points = points[::-1][::stride][::-1]  # with the last one
     if len(points) > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import contextlib
 import json
 import pathlib
 from typing import Any
@@ -50,27 +49,23 @@ def class_figures(result: Result) -> list[dict[str, Any]]:
   The quality is the accuracy or, for multi-label data, the average precision.
   It is None for a class without videos.
   """
-  probabilities = result.probabilities()
-  figures = []
-  for index, name in enumerate(result.class_names):
-    if result.multi_label:
-      positive = result.labels[:, index] > 0
-      quality = 'average_precision'
-      value = metrics.mean_average_precision(
-        probabilities.T[[index]], result.labels.T[[index]]
+  if result.multi_label:
+    quality, counts = 'average_precision', np.sum(result.labels > 0, axis=0)
+    values = [
+      metrics.mean_average_precision(scores[None], labels[None])
+      for scores, labels in zip(
+        result.probabilities().T, result.labels.T, strict=True
       )
-    else:
-      positive = result.labels == index
-      correct = positive & (result.predictions == index)
-      quality, value = 'accuracy', correct.sum() / max(positive.sum(), 1)
-    figures.append(
-      {
-        'name': name,
-        'count': int(positive.sum()),
-        quality: float(value) if positive.any() else None,
-      }
-    )
-  return figures
+    ]
+  else:
+    confusion = result.confusion_matrix()
+    quality, counts = 'accuracy', confusion.sum(axis=1)
+    values = np.diag(confusion) / np.maximum(counts, 1)
+  rows = zip(result.class_names, counts.tolist(), values, strict=True)
+  return [
+    {'name': name, 'count': count, quality: float(value) if count else None}
+    for name, count, value in rows
+  ]
 
 
 def most_confused(
@@ -211,13 +206,13 @@ def write(
     report_page.chart_data(result),
     curves.training_curves(folder),
   )
-  with contextlib.ExitStack() as stack:
-    # A stack closes in reverse order: report.json appears last, when the other
-    # files are complete.
-    report_file, page_file, views_file = (
-      stack.enter_context(files.output_file(folder / name))
-      for name in (JSON_FILE, PAGE_FILE, VIEWS_FILE)
-    )
+  # Closed in reverse order: report.json appears last, when the other files are
+  # complete.
+  with (
+    files.output_file(folder / JSON_FILE) as report_file,
+    files.output_file(folder / PAGE_FILE) as page_file,
+    files.output_file(folder / VIEWS_FILE) as views_file,
+  ):
     result.save(views_file)
     # File names may contain bytes that are not valid UTF-8.
     page_file.write(page.encode('utf-8', 'replace'))

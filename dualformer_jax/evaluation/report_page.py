@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping, Sequence
-import dataclasses
-import importlib.resources
 import io
 import logging
 from typing import Any
@@ -28,20 +26,6 @@ _THUMBNAIL_HEIGHT = 90  # pixels
 _LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-  """An encoded picture as a `data:` URL, with its size in pixels."""
-
-  url: str
-  width: int
-  height: int
-
-  def pixels(self) -> UInt8[np.ndarray, 'h w 3']:
-    """Decodes the picture."""
-    content = base64.b64decode(self.url.partition(',')[2])
-    return np.asarray(Image.open(io.BytesIO(content)).convert('RGB'))
-
-
 def render(
   report: dict[str, Any],
   mistakes: Sequence[Mapping[str, Any]] = (),
@@ -55,15 +39,15 @@ def render(
   classes = report['classes']
   quality = 'accuracy' if 'accuracy' in classes[0] else 'average_precision'
   environment = jinja2.Environment(
+    loader=jinja2.PackageLoader('dualformer_jax.evaluation', '.'),
     autoescape=True,
     lstrip_blocks=True,
     trim_blocks=True,
     undefined=jinja2.StrictUndefined,
   )
   environment.filters['percent'] = lambda share: f'{100 * share:.1f}%'
-  folder = importlib.resources.files('dualformer_jax.evaluation')
-  template = (folder / 'report.html.j2').read_text('utf-8')
-  return environment.from_string(template).render(
+  environment.filters['jpeg_url'] = _jpeg_url
+  return environment.get_template('report.html.j2').render(
     report={'comparison': None, 'probes': [], 'most_confused': [], **report},
     charts=charts,
     curves=curves,
@@ -121,7 +105,17 @@ def find_mistakes(
   ]
 
 
-def _thumbnail(data: dataset.PreparedDataset, index: int) -> Picture | None:
+def _jpeg_url(pixels: UInt8[np.ndarray, 'h w 3']) -> str:
+  """Returns an RGB picture as a `data:` URL."""
+  content = io.BytesIO()
+  Image.fromarray(pixels).save(content, 'jpeg')
+  data = base64.b64encode(content.getvalue()).decode()
+  return f'data:image/jpeg;base64,{data}'
+
+
+def _thumbnail(
+  data: dataset.PreparedDataset, index: int
+) -> UInt8[np.ndarray, 'h w 3'] | None:
   """Returns three frames of a video side by side, or None if unreadable."""
 
   def shrink(frame: UInt8[np.ndarray, 'h w 3']) -> UInt8[np.ndarray, 'h2 w2 3']:
@@ -137,12 +131,4 @@ def _thumbnail(data: dataset.PreparedDataset, index: int) -> Picture | None:
   except UserError as error:
     _LOG.warning('the page shows no picture of video %d: %s', index, error)
     return None
-  return encode(np.concatenate(list(frames), axis=1))
-
-
-def encode(pixels: UInt8[np.ndarray, 'h w 3']) -> Picture:
-  """Encodes an RGB picture as JPEG."""
-  picture, content = Image.fromarray(pixels), io.BytesIO()
-  picture.save(content, 'jpeg')
-  data = base64.b64encode(content.getvalue()).decode()
-  return Picture(f'data:image/jpeg;base64,{data}', *picture.size)
+  return np.concatenate(list(frames), axis=1)

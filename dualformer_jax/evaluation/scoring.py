@@ -11,12 +11,12 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int, Num
 import numpy as np
 
+from dualformer_jax import progress
 from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
 from dualformer_jax.input_pipeline import loader
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.input_pipeline.transforms import Preprocessing
-from dualformer_jax.progress import Progress
 
 _LOG = logging.getLogger(__name__)
 _compiled: set[tuple[Any, ...]] = set()  # steps and shapes of views
@@ -83,7 +83,7 @@ def score_split(
   logits, labels, masks = [], [], []
   # (index in the dataset, id, reason of failure or '') of this host's videos
   videos: list[tuple[int, str, str]] = []
-  with Progress(f'Scoring {data.split}', len(data), 'videos') as progress:
+  with progress.counting(f'Scoring {data.split}', len(data), 'videos') as add:
     for number, batch in enumerate(batches):
       first = number * batch_size
       names = ('views', 'labels', 'mask')
@@ -91,11 +91,11 @@ def score_split(
       if (program := (scorer.eval_step, batch['views'].shape)) not in _compiled:
         _compiled.add(program)
         _LOG.info('compiling the evaluation: less than the training step took')
-      scores = np.asarray(scorer.eval_step(variables, arrays['views']))
-      mask = _gather(arrays['mask'])
-      masks.append(mask)
-      logits.append(scores[mask])
-      labels.append(_gather(arrays['labels'])[mask])
+      scores = np.asarray(scorer.eval_step(variables, arrays.pop('views')))
+      rows = multihost_utils.process_allgather(arrays, tiled=True)
+      masks.append(rows['mask'])
+      logits.append(scores[rows['mask']])
+      labels.append(rows['labels'][rows['mask']])
       reasons = iter(batch['failed'])
       for index, video_id, is_scored in zip(
         local_indices, batch['video_ids'], batch['mask'], strict=True
@@ -103,7 +103,7 @@ def score_split(
         if video_id:
           reason = '' if is_scored else next(reasons)[1]
           videos.append((first + index, video_id, reason))
-      progress.add(min(batch_size, len(data) - first))
+      add(min(batch_size, len(data) - first))
       if should_stop():
         return None
   # Several hosts can have the same videos.
@@ -125,15 +125,8 @@ def score_split(
   )
 
 
-def _gather(local: jax.Array) -> np.ndarray:
-  """Returns all rows of an array that is sharded over hosts."""
-  return np.asarray(multihost_utils.process_allgather(local, tiled=True))
-
-
 def _gather_lists(items: list[Any]) -> list[Any]:
   """Returns the items of all hosts; they must be JSON."""
-  if jax.process_count() == 1:
-    return items
   data = np.frombuffer(json.dumps(items).encode(), np.uint8)
   sizes = multihost_utils.process_allgather(np.asarray(data.size))
   padded = np.zeros(int(np.max(sizes)), np.uint8)

@@ -1,6 +1,7 @@
 """Draws heat maps, token values, labels and text, and encodes pictures."""
 
 import io
+from typing import IO
 import unicodedata
 
 import cv2
@@ -158,15 +159,14 @@ def encode_png(image: Frame) -> bytes:
   return file.getvalue()
 
 
-def encode_gif(frames: Frames, fps: float) -> bytes:
-  """Returns the content of a GIF file that repeats forever."""
+def write_gif(file: IO[bytes], frames: Frames, fps: float) -> None:
+  """Writes a GIF file that repeats forever."""
   # k-means makes the palettes of smooth heat maps more exact.
   first, *others = (
     Image.fromarray(frame).quantize(256, kmeans=1) for frame in frames
   )
   # GIF counts in hundredths of a second.
   times = np.rint(np.arange(len(frames) + 1) * 100 / fps).astype(int)
-  file = io.BytesIO()
   first.save(
     file,
     'GIF',
@@ -175,4 +175,3 @@ def encode_gif(frames: Frames, fps: float) -> bytes:
     duration=(10 * np.diff(times)).tolist(),
     loop=0,
   )
-  return file.getvalue()

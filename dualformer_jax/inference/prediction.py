@@ -15,7 +15,7 @@ from dualformer_jax.inference.printer import Prediction
 from dualformer_jax.inference.recognizer import Recognizer
 from dualformer_jax.inference.sources import Source, open_stream
 from dualformer_jax.input_pipeline import video_writer
-from dualformer_jax.progress import Progress, track
+from dualformer_jax.progress import counting, track
 
 
 def predict_videos(
@@ -106,13 +106,13 @@ def predict_windows(
         raise UserError(video.error)
       with (
         open_stream(video.name, seconds, is_stopped) as stream,
-        Progress('Scoring', stream.duration, 's of video') as progress,
+        counting('Scoring', stream.duration, 's of video') as add,
       ):
         for window in batches.score_windows(
           recognizer, stream.frames, stream.fps, **options
         ):
           yield Prediction(video.name, window.predictions, window)
-          progress.add(window.end - end)
+          add(window.end - end)
           end = window.end
           if files.timelines or files.copies:
             windows.append(window)

@@ -146,11 +146,10 @@ def write(path: pathlib.Path, picture: Picture, fps: float) -> None:
     legend = np.pad(picture.legend, [(0, 0), (0, missing), (0, 0)])
     legend = np.broadcast_to(legend, (len(frames), *legend.shape))
     frames = np.concatenate([frames, legend], axis=1)
-  if suffix == '.png':
-    content = drawing.encode_png(frames[0])
-  elif suffix == '.mp4':
-    content = video_writer.encode_mp4(frames, fps=fps)
-  else:
-    content = drawing.encode_gif(frames, fps)
   with output_file(path) as file:
-    file.write(content)
+    if suffix == '.png':
+      file.write(drawing.encode_png(frames[0]))
+    elif suffix == '.mp4':
+      video_writer.write_mp4(file, frames, fps=fps)
+    else:
+      drawing.write_gif(file, frames, fps)

@@ -64,8 +64,7 @@ def window_clips(
   step = window if stride is None else stride
   times: list[float] = []  # of the frames that windows to come may have
   recent: list[Frame] = []
-  first = count = 0  # indices: of the first of them, and of the next frame
-  start: int | None = None  # index of the first frame of the window
+  start: int | None = None  # index in them of the first frame of the window
   covered = 0  # frames before this index are in a window
   number = 0  # of the window
 
@@ -73,41 +72,35 @@ def window_clips(
     """Returns whether a window starts with a frame; sets its number."""
     nonlocal number
     if step is None:
-      return index >= number * length
-    time = times[index - first]
-    found = max(number, int((time + _EPSILON) // step))
+      return index >= covered
+    found = max(number, int((times[index] + _EPSILON) // step))
     begin = found * step - _EPSILON
-    if time < begin or (window is not None and time >= begin + window):
+    end = np.inf if window is None else begin + window
+    if not begin <= times[index] < end:
       return False
     number = found
     return True
 
-  def is_over(time: float) -> bool:
-    """Returns whether the window ends before a frame of this time."""
-    if start is None:
-      return False
-    if window is not None:
-      return time >= number * (step or window) + window - _EPSILON
-    return count - start == length
-
   def clip(index: int, end: float) -> WindowClip:
-    number_shown = count - index
-    if window is not None:
-      indices = _sample(p, times[index - first :], end, window, fps)
-    elif p.sampling == 'uniform':
-      [indices] = frame_sampling.uniform_eval_frames(number_shown, p.num_frames)
+    if window is None:  # Frames are the unit of time.
+      shown = range(len(times) - index)
+      indices = _sample(p, shown, len(shown), length, 1)
     else:
-      indices = np.arange(p.num_frames) * p.frame_interval % number_shown
-    chosen = [recent[index - first + i] for i in indices]
-    return WindowClip(times[index - first], end, np.stack(chosen))
+      indices = _sample(p, times[index:], end, window, fps)
+    chosen = [recent[index + i] for i in indices]
+    return WindowClip(times[index], end, np.stack(chosen))
 
   def complete(time: float) -> Iterator[WindowClip]:
     """Yields the windows that end before a frame of this time."""
     nonlocal start, covered, number
-    while start is not None and is_over(time):
+    while start is not None and (
+      len(times) - start == length
+      if window is None
+      else time >= number * (step or window) + window - _EPSILON
+    ):
       yield clip(start, time)
-      covered, number = count, number + 1
-      later = range(start + 1, count)
+      covered, number = len(times), number + 1
+      later = range(start + 1, covered)
       start = next((index for index in later if starts(index)), None)
 
   for time, frame in frames:
@@ -116,27 +109,26 @@ def window_clips(
     # A copy, so that the whole frame can be freed.
     recent.append(transforms.center_crop(resized, p.image_size)[0].copy())
     times.append(time)
-    if start is None and starts(count):
-      start = count
-    count += 1
+    if start is None and starts(len(times) - 1):
+      start = len(times) - 1
     # The last window may reach back to before the next one.
-    while first < (count if start is None else start) and (
-      count - first > length if window is None else times[0] < time - window
+    while start != 0 and (
+      len(times) > length if window is None else times[0] < time - window
     ):
       del times[0], recent[0]
-      first += 1
+      covered -= 1
+      start = None if start is None else start - 1
   if not times:
     return
   # The last frame is shown as long as the one before.
   gap = times[-1] - times[-2] if len(times) > 1 else 1 / fps
   end = round(times[-1] + (gap if gap > 0 else 1 / fps), 6)
   yield from complete(end)
-  if start is not None and count > covered:
+  if start is not None and len(times) > covered:
     if window is None:
-      start = max(first, count - length)
+      start = max(0, len(times) - length)
     else:
-      begin = end - window - _EPSILON
-      start = first + int(np.searchsorted(times, begin))
+      start = int(np.searchsorted(times, end - window - _EPSILON))
     yield clip(start, end)
 
 

@@ -204,5 +204,5 @@ def read_meta(folder: pathlib.Path) -> dict[str, Any] | None:
 
 def write_meta(folder: pathlib.Path, meta: dict[str, Any]) -> None:
   """Writes the metadata of a folder; see read_meta."""
-  with files.atomic_write(folder / _META, 'w') as file:
-    json.dump({'format': _FORMAT, **meta}, file, indent=2)
+  with files.atomic_write(folder / _META) as file:
+    file.write(json.dumps({'format': _FORMAT, **meta}, indent=2).encode())

@@ -120,45 +120,30 @@ def find_target(topology: str, memory: float | None = None) -> Target:
   More than 8 GPUs are on several machines of 8. `memory` replaces that of the
   chip, in bytes. Raises UserError, as `check_topology` does.
   """
-  name, shape = check_topology(topology)
-  find = _gpus if name in _ARCHITECTURES else _tpus
-  target = find(name, shape)
-  if memory is not None:
-    chip = dataclasses.replace(target.chip, memory=memory)
-    target = dataclasses.replace(target, chip=chip)
-  return target
-
-
-def _tpus(generation: str, shape: str) -> Target:
-  """Returns the devices of a TPU slice."""
   from jax.experimental import topologies
 
-  # A v4 chip has two cores that work as one device.
-  options = {'chip_config_name': 'megacore'} if generation == 'v4' else {}
-  topology = f'{generation}:{shape}'
+  name, shape = check_topology(topology)
+  options: dict[str, Any] = {'platform': 'tpu', 'topology_name': topology}
+  if name in _ARCHITECTURES:
+    number = int(shape)
+    per_machine = min(number, GPUS_PER_MACHINE)
+    options = {
+      'platform': 'cuda',
+      'topology_name': '',
+      'target_config': _gpu_target_config(name),
+      # slices x machines x GPUs of a machine
+      'topology': f'1x{number // per_machine}x{per_machine}',
+    }
+  elif name == 'v4':  # its two cores work as one device
+    options['chip_config_name'] = 'megacore'
   try:
-    description = topologies.get_topology_desc(
-      platform='tpu', topology_name=topology, **options
-    )
+    description = topologies.get_topology_desc(**options)
   except (RuntimeError, ValueError) as error:
     raise UserError(f'--topology={topology}: {error}') from error
-  return Target(CHIPS[generation], description.devices)
-
-
-def _gpus(name: str, count: str) -> Target:
-  """Returns a number of GPUs, on machines of at most 8."""
-  from jax.experimental import topologies
-
-  number = int(count)
-  per_machine = min(number, GPUS_PER_MACHINE)
-  description = topologies.get_topology_desc(
-    platform='cuda',
-    topology_name='',
-    target_config=_gpu_target_config(name),
-    # slices x machines x GPUs of a machine
-    topology=f'1x{number // per_machine}x{per_machine}',
-  )
-  return Target(CHIPS[name], description.devices)
+  chip = CHIPS[name]
+  if memory is not None:
+    chip = dataclasses.replace(chip, memory=memory)
+  return Target(chip, description.devices)
 
 
 def _gpu_target_config(name: str) -> str:

@@ -6,10 +6,17 @@ import itertools
 import math
 import re
 
-_COMPUTATION = re.compile(r'^(?:ENTRY )?%?([\w.-]+) .*\{$')
+_COMPUTATION = re.compile(r'^(?!HloModule)(?:ENTRY )?%?([\w.-]+) .*\{$')
 _INSTRUCTION = re.compile(r'^\s+(ROOT )?%?([\w.-]+) = (.*?) ([a-z][\w-]*)\(')
 _SHAPE = re.compile(r'(\w+)\[([\d,]*)\](?:\{([^}]*)\})?')
 _TILE = re.compile(r':T\(([\d,]+)\)')
+# Attributes with the computations that an instruction runs, besides `calls`.
+_CALLED = {
+  'while': 'body',
+  'call': 'to_apply',
+  # All branches: an upper bound.
+  'conditional': 'branch_computations|true_computation|false_computation',
+}
 _BITS = {'pred': 8, 's4': 4, 'u4': 4, 'bf16': 16, 'token': 0, 'opaque': 0}
 
 
@@ -82,20 +89,9 @@ class Instruction:
 
   def called_computations(self) -> list[str]:
     """Returns the computations that run (not those applied per element)."""
-    match self.opcode:
-      case 'while':
-        return [self.attribute('body')]
-      case 'call':
-        return [self.attribute('to_apply')]
-      case 'conditional':  # all branches: an upper bound
-        branches = re.findall(
-          r'(?:branch_computations|true_computation|false_computation)='
-          r'(\{[^}]*\}|%[\w.-]+)',
-          self.attributes,
-        )
-        return re.findall(r'%([\w.-]+)', ' '.join(branches))
-    called = self.attribute('calls')
-    return [called] if called else []
+    name = _CALLED.get(self.opcode, 'calls')
+    found = re.findall(rf'\b(?:{name})=(\{{[^}}]*\}}|[^\s,]+)', self.attributes)
+    return re.findall(r'[\w.-]+', ' '.join(found))
 
 
 Computation = dict[str, Instruction]
@@ -145,11 +141,9 @@ def parse(text: str) -> Module:
   entry = ''
   current: Computation = {}
   for line in text.splitlines():
-    if line.endswith('{') and not line.startswith((' ', 'HloModule')):
-      if found := _COMPUTATION.match(line):
-        current = computations[found[1]] = {}
-        entry = found[1] if line.startswith('ENTRY') else entry
-      continue
+    if found := _COMPUTATION.match(line):
+      current = computations[found[1]] = {}
+      entry = found[1] if line.startswith('ENTRY') else entry
     found = _INSTRUCTION.match(line)
     if not found:
       continue
@@ -173,21 +167,16 @@ def parse(text: str) -> Module:
 
 
 def _parse_shapes(text: str) -> tuple[Shape, ...]:
-  shapes = []
-  for dtype, dims, layout in _SHAPE.findall(text):
-    tile = _TILE.search(layout)
-    shapes.append(
-      Shape(
-        dtype,
-        dims=parse_integers(dims),
-        in_memory=not re.search(r'S\([1-9]', layout),
-        minor_to_major=tuple(
-          int(d) for d in re.findall(r'\d+', layout.split(':')[0])
-        ),
-        tile=parse_integers(tile[1] if tile else ''),
-      )
+  return tuple(
+    Shape(
+      dtype,
+      dims=parse_integers(dims),
+      in_memory=not re.search(r'S\([1-9]', layout),
+      minor_to_major=parse_integers(layout.split(':')[0]),
+      tile=parse_integers(''.join(_TILE.findall(layout))),
     )
-  return tuple(shapes)
+    for dtype, dims, layout in _SHAPE.findall(text)
+  )
 
 
 def parse_integers(text: str | None) -> tuple[int, ...]:

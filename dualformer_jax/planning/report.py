@@ -105,14 +105,12 @@ def format_report(report: dict[str, Any], breakdown: int = 0) -> str:
   memory = report['memory']
   lines = [
     f'{report["devices"]} x {report["chip"]}, batch of {report["batch_size"]}: '
-    f'{report["clips_per_device"]:g} clips per device'
-  ]
-  lines.append(
+    f'{report["clips_per_device"]:g} clips per device',
     f'memory        {memory["needed"] / 1e9:.2f} of {memory["has"] / 1e9:.2f} '
     'GB per device, of which parameters and optimizer '
     f'{memory["parameters_and_optimizer"] / 1e9:.2f} GB: '
-    f'{"fits" if memory["fits"] else "DOES NOT FIT"}'
-  )
+    f'{"fits" if memory["fits"] else "DOES NOT FIT"}',
+  ]
   flags = f'flags         {report["flags"]}'
   if 'flops' not in report:
     return '\n'.join([*lines, flags])

@@ -28,7 +28,7 @@ from dualformer_jax.evaluation import forward
 from dualformer_jax.input_pipeline import loader, transforms
 from dualformer_jax.input_pipeline.dataset import PreparedDataset
 from dualformer_jax.models.dualformer import DualFormer
-from dualformer_jax.progress import Progress
+from dualformer_jax.progress import counting
 
 _META = 'features.json'
 _FORMAT = 1
@@ -178,7 +178,7 @@ def compute(
     body = sharding.put_tree(body, sharding.tree_shardings(body, mesh))
     with (
       jax.set_mesh(mesh),
-      Progress(f'Encoding {data.split}', missing, 'videos') as progress,
+      counting(f'Encoding {data.split}', missing, 'videos') as add,
     ):
       for number in range(first, len(paths)):
         batches = loader.EvalLoader(
@@ -190,7 +190,7 @@ def compute(
           videos=range(number * size, min((number + 1) * size, len(data))),
           cut_views=views.cut_train if views.train else None,
         )
-        _write(paths[number], batches, encode, body, progress)
+        _write(paths[number], batches, encode, body, add)
   return _read(folder, paths, data, meta['tokens'])
 
 
@@ -252,7 +252,7 @@ def _write(
   batches: loader.EvalLoader,
   encode: Callable[..., tuple[jax.Array, ...]],
   variables: Any,
-  progress: Progress,
+  add: Callable[[float], object],
 ) -> None:
   """Encodes the videos of a file, and writes it."""
   assert batches.videos is not None
@@ -276,7 +276,7 @@ def _write(
     failed += batch['failed']
     done = min(len(is_read), left)
     left -= done
-    progress.add(done)
+    add(done)
   whole = {name: np.concatenate(values) for name, values in arrays.items()}
   if not all(np.isfinite(x).all() for x in whole.values()):
     raise UserError(

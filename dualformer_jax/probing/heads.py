@@ -23,7 +23,7 @@ import optax
 from dualformer_jax.evaluation import metrics
 from dualformer_jax.models.heads import ClassificationHead
 from dualformer_jax.probing.features import Features
-from dualformer_jax.progress import Progress
+from dualformer_jax.progress import counting
 from dualformer_jax.training import losses
 
 # (learning rate, weight decay)
@@ -164,7 +164,7 @@ def fit(
   table = jnp.asarray(settings, jnp.float32)
   order = _batches(rng, rows, batch_size)
   name = f'Training {inputs.kind} heads, {len(settings)} at once'
-  with Progress(name, steps, 'steps') as progress:
+  with counting(name, steps, 'steps') as add:
     for step in range(steps):
       batch = next(order)
       views = rng.integers(num_views, size=len(batch))
@@ -179,7 +179,7 @@ def fit(
         head=head,
         multi_label=multi_label,
       )
-      progress.add()
+      add(1)
     return jax.block_until_ready(state[0])
 
 

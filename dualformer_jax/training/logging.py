@@ -125,11 +125,10 @@ class MetricWriter:
     self._trackers.write_files([self._workdir / name for name in names])
     pictures = [m['picture'] for m in mistakes if m['picture'] is not None]
     if pictures:
-      images = [picture.pixels() for picture in pictures]
-      width = max(image.shape[1] for image in images)
+      width = max(picture.shape[1] for picture in pictures)
       images = [
-        np.pad(image, ((0, 0), (0, width - image.shape[1]), (0, 0)))
-        for image in images
+        np.pad(picture, ((0, 0), (0, width - picture.shape[1]), (0, 0)))
+        for picture in pictures
       ]
       self._trackers.write_images(step, {'test/mistakes': np.stack(images)})
       text = _describe([m for m in mistakes if m['picture'] is not None])

@@ -161,8 +161,8 @@ class _State:
     with self._lock:
       self.run_ids[name] = run_id
       stored = {n: {'run_id': i} for n, i in sorted(self.run_ids.items())}
-      with atomic_write(self._path, 'w') as file:
-        file.write(f'{json.dumps(stored, indent=2)}\n')
+      with atomic_write(self._path) as file:
+        file.write(f'{json.dumps(stored, indent=2)}\n'.encode())
 
 
 class _Process:

@@ -25,6 +25,7 @@ from dualformer_jax.checkpoints import (
   pth_file,
   pytorch_names,
   transfer,
+  weights,
 )
 from dualformer_jax.errors import UserError
 from dualformer_jax.training import hub_revisions
@@ -331,7 +332,7 @@ def test_files_of_repositories_are_sources(server, local, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, variables)
   done = in_process.run(convert, f'--src={URL}', f'--dst={tmp_path}/c.pth')
   assert done.returncode == 0, done.stderr
-  written, *_ = pth_file.read_pth(tmp_path / 'c.pth')
+  written, *_ = weights.read(tmp_path / 'c.pth')
   assert set(written) == set(state_dict)
 
 

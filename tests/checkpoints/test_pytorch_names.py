@@ -9,6 +9,7 @@ import pytest
 
 from dualformer_jax import errors
 from dualformer_jax.checkpoints import pth_file, pytorch_names
+from dualformer_jax.checkpoints import weights as weights_lib
 from dualformer_jax.models import dualformer
 from tests import reference_arrays
 
@@ -157,7 +158,7 @@ def test_to_pytorch_is_exact_and_in_the_order_of_pytorch(name):
 def test_round_trip_through_a_file_is_exact(micro, target, tmp_path):
   path = tmp_path / 'model.pth'
   pth_file.write_pth(path, micro)
-  variables, _ = pytorch_names.from_pytorch(pth_file.read_pth(path)[0], target)
+  variables, _ = pytorch_names.from_pytorch(weights_lib.read(path)[0], target)
   variables = jax.tree.map(jnp.asarray, variables)
   _assert_same(pytorch_names.to_pytorch(variables), micro)
 
@@ -308,8 +309,9 @@ def test_head_is_recognized():
     reference_arrays.state_dict(name, 1)
     for name in ('micro', 'micro_tokenlabel')
   )
-  assert not pytorch_names.has_token_head(plain)
-  assert pytorch_names.has_token_head(token)
+  fields = {'token_label': False, 'head': 'linear'}
+  assert pytorch_names.head_fields(plain) == fields
+  assert pytorch_names.head_fields(token) == fields | {'token_label': True}
   assert (
     pytorch_names.num_classes(plain) == pytorch_names.num_classes(token) == 10
   )

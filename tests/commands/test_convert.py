@@ -22,6 +22,7 @@ from dualformer_jax.checkpoints import (
   pth_file,
   pytorch_names,
 )
+from dualformer_jax.checkpoints import weights as weights_lib
 from dualformer_jax.errors import UserError
 from dualformer_jax.models import dualformer
 from dualformer_jax.training import setup
@@ -161,7 +162,7 @@ def test_round_trip_through_the_command_is_exact(tmp_path):
   done = _convert(f'--src={folder}', f'--dst={back}')
   assert (done.returncode, done.stderr) == (0, '')
   assert 'class names' in done.stdout
-  _assert_same(pth_file.read_pth(back)[0], weights)
+  _assert_same(weights_lib.read(back)[0], weights)
 
 
 def test_torch_reads_the_converted_file(tmp_path, pth, weights):
@@ -446,7 +447,7 @@ def test_only_the_model_of_a_training_checkpoint_is_written(tmp_path):
 
   printed = conversion.folder_to_pth(tmp_path / 'run', tmp_path / 'model.pth')
   assert 'dropped: the optimizer at step 7' in printed
-  found, *_ = pth_file.read_pth(tmp_path / 'model.pth')
+  found, *_ = weights_lib.read(tmp_path / 'model.pth')
   assert all(name.startswith(('backbone.', 'cls_head.')) for name in found)
   assert len(found) == len(jax.tree.leaves([state.params, state.batch_stats]))
   np.testing.assert_array_equal(

@@ -26,7 +26,7 @@ def test_page_escapes_names():
   videos = ['"><img src=x onerror=y>', 'b', 'c']
   tested = make_result.of(np.eye(3), [1, 0, 2], videos, names)
   other = make_result.of(np.eye(3)[[1, 0, 0]], [1, 0, 2], videos, names)
-  thumbnail = report_page.encode(np.zeros((9, 30, 3), np.uint8))
+  thumbnail = np.zeros((9, 30, 3), np.uint8)
   page = html_page.Page(
     report_page.render(
       make_result.report_of(
@@ -44,7 +44,9 @@ def test_page_escapes_names():
   assert len(page.fits) > 5
   assert all(page.fits)
   assert len(page.images()) == 1
-  assert page.images()[-1]['alt'] == f'Three frames of {videos[0]}'
+  image = page.images()[-1]
+  assert image['alt'] == f'Three frames of {videos[0]}'
+  assert (image['width'], image['height']) == ('30', '9')
   # In the comparison, confused pairs, mistakes, classes and failed videos.
   assert sum(HOSTILE in text for text in page.text) >= 5
   checkpoint = 'the latest one, /run/<i>1</i>'
@@ -100,7 +102,7 @@ def test_most_confident_mistakes_come_first(motion_dataset):
   unreadable, readable = (mistake['picture'] for mistake in mistakes)
   assert unreadable is None
   assert readable is not None
-  assert (readable.width, readable.height) == (270, 90)
+  assert readable.shape == (90, 270, 3)
 
 
 @pytest.mark.parametrize(('k', 'cell'), [(2, 44), (8, 44), (60, 13), (400, 2)])

@@ -102,7 +102,7 @@ def test_names_of_pytorch_and_back_are_lossless():
   shapes = jax.eval_shape(model.init, jax.random.key(0), clips)
   variables = draw_params(shapes)
   weights = pytorch_names.to_pytorch(variables)
-  assert pytorch_names.has_attentive_head(weights)
+  assert pytorch_names.head_fields(weights)['head'] == 'attentive'
   found, notes = pytorch_names.from_pytorch(weights, shapes)
   assert notes == []
   jax.tree.map(np.testing.assert_array_equal, found, variables)

@@ -65,8 +65,8 @@ class VideoStore:
       if not self._is_original_used(video):
         with files.atomic_write(base.with_suffix('.video')) as file:
           file.write(content)
-    with files.atomic_write(result, 'w') as file:
-      json.dump(dataclasses.asdict(stored), file)
+    with files.atomic_write(result) as file:
+      file.write(json.dumps(dataclasses.asdict(stored)).encode())
     return stored
 
   def add_all(
