@@ -101,10 +101,11 @@ def _match(pattern: str) -> list[str]:
     return glob.glob(pattern)
   # That of glob follows links, which may loop.
   found = pathlib.Path(path.anchor).glob(str(path.relative_to(path.anchor)))
+  named = path.parts.index('**')  # folders that the pattern names
   return [
     str(each)
     for each in found
-    if not any(part.startswith('.') for part in each.parts)
+    if not any(part.startswith('.') for part in each.parts[named:])
   ]
 
 

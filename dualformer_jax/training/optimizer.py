@@ -125,6 +125,7 @@ class AdamW:
     return apply_gradients(self.transformation, grads, opt_state, params)
 
   def _apply_fused(self, kernels, grads, opt_state, params):
+    """The same in few launches, on the state of `transformation`."""
     *clip, adam, decay, scale, schedule = opt_state
     trees = grads, params, adam.mu, adam.nu
     gradients, *states = map(jax.tree.leaves, trees)

@@ -76,6 +76,18 @@ def test_linked_folders_are_followed_once(folder):
   assert absolute == [(f'{folder}/b/[4].mp4', '')]
 
 
+def test_patterns_may_name_hidden_folders_and_parents(folder, monkeypatch):
+  hidden = folder / '.cache' / 'videos' / '.parts'
+  hidden.mkdir(parents=True)
+  for path in (hidden.parent / '5.mp4', hidden / '6.mp4'):
+    path.touch()
+  assert sources.find_videos(['.cache/**/*.mp4']) == [
+    ('.cache/videos/5.mp4', '')
+  ]
+  monkeypatch.chdir(folder / 'empty')
+  assert sources.find_videos(['../b/**/*.mp4']) == [('../b/[4].mp4', '')]
+
+
 @pytest.mark.parametrize(
   ('argument', 'reason'),
   [
