@@ -76,7 +76,8 @@ def score_split(
   batches = loader.EvalLoader(
     data,
     preprocessing,
-    loader.HostBatch(batch_size, local_indices),
+    batch_size,
+    local_indices,
     num_threads=scorer.num_threads,
     short_side=short_side,
   )

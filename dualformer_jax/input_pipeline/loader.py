@@ -43,38 +43,6 @@ _PendingBatch = tuple[UInt8[np.ndarray, 'rows *clip'], list[_Video]]
 _reader: tuple[TrainStream, tuple[int, ...]]
 
 
-@dataclasses.dataclass(frozen=True)
-class HostBatch:
-  """The rows of every global batch that this host reads.
-
-  Attributes:
-    global_size: number of rows of a global batch.
-    local_batch_indices: this host's rows, in order, as
-      sharding.local_batch_indices returns them; all rows by default.
-  """
-
-  global_size: int
-  local_batch_indices: Sequence[int] | None = None
-
-  def __post_init__(self):
-    if self.global_size < 1:
-      raise errors.UserError(
-        f'batch_size must be 1 or more, got {self.global_size}'
-      )
-
-  @property
-  def rows(self) -> Sequence[int]:
-    """This host's rows."""
-    if self.local_batch_indices is None:
-      return range(self.global_size)
-    return self.local_batch_indices
-
-  def position(self, index: int) -> int:
-    """Returns the position in the global stream of this host's n-th row."""
-    batch, row = divmod(index, len(self.rows))
-    return batch * self.global_size + int(self.rows[row])
-
-
 class TrainLoader(Iterator[Batch]):
   """Endless batches of random clips.
 
@@ -98,7 +66,8 @@ class TrainLoader(Iterator[Batch]):
     dataset: PreparedDataset,
     preprocessing: transforms.Preprocessing,
     options: TrainOptions,
-    host_batch: HostBatch,
+    batch_size: int,
+    rows: Sequence[int],
     *,
     num_threads: int = 16,
     num_processes: int = 0,
@@ -111,23 +80,18 @@ class TrainLoader(Iterator[Batch]):
       dataset: the videos.
       preprocessing: frames, interval and size of the clips.
       options: which clips to draw.
-      host_batch: size of a global batch, and this host's rows of it.
+      batch_size: number of clips of a global batch.
+      rows: this host's rows of every global batch, in order.
       num_threads: threads that read and decode, one video each.
       num_processes: processes that do this instead; 0 for threads.
       prefetch: number of batches to read ahead; more if there are more readers.
       token_labels: stored labels of the same videos; cropped as the clips are.
 
     Raises:
-      UserError: an argument is out of range; or (from next()) no video can be
-        read.
+      UserError: the rows do not fit `repeats`; or (from next()) no video can
+        be read.
     """
-    if min(num_threads, prefetch) < 1 or num_processes < 0:
-      raise errors.UserError(
-        'num_threads and prefetch must be 1 or more, got'
-        f' {num_threads} and {prefetch}; num_processes 0 or more, got'
-        f' {num_processes}'
-      )
-    rows, repeats = host_batch.rows, options.repeats
+    repeats = options.repeats
     if len(rows) % repeats or any(
       row != rows[i - i % repeats] + i % repeats for i, row in enumerate(rows)
     ):
@@ -138,7 +102,7 @@ class TrainLoader(Iterator[Batch]):
       )
     self._source = dataset, preprocessing, options, token_labels
     self._stream = TrainStream(*self._source)
-    self._host_batch = host_batch
+    self._batch_size, self._rows = batch_size, rows
     self._num_threads = num_threads
     self._num_processes = num_processes
     videos_per_batch = len(rows) // repeats
@@ -162,11 +126,10 @@ class TrainLoader(Iterator[Batch]):
       ) from error
 
   def _next_batch(self) -> Batch:
-    size = self._host_batch.global_size
     if self._pool is None:
       self._pool = self._start_pool()
     while len(self._pending) <= self._ahead:
-      position = self._position + size * len(self._pending)
+      position = self._position + self._batch_size * len(self._pending)
       self._pending.append(self._begin_batch(self._pool, position))
     clips, videos = self._pending.popleft()
     rows: list[Row] = []
@@ -174,7 +137,7 @@ class TrainLoader(Iterator[Batch]):
       rows_of_video, failures = video.result()
       rows += rows_of_video
       self._log_failures(failures)
-    self._position += size
+    self._position += self._batch_size
     fields = {name: [row[name] for row in rows] for name in rows[0]}
     labels = _labels(fields.pop('labels'), self._stream.dataset)
     video_ids = fields.pop('video_ids')
@@ -195,7 +158,7 @@ class TrainLoader(Iterator[Batch]):
     repeats = self._stream.options.repeats
     videos = []
     for first in range(0, len(clips), repeats):
-      position = start + int(self._host_batch.rows[first])
+      position = start + self._rows[first]
       if self._num_processes:
         video = pool.submit(_read_in_process, position, path, first)
       else:
@@ -308,7 +271,8 @@ class EvalLoader:
   Attributes:
     dataset: the videos.
     preprocessing: number and size of the views; see transforms.eval_views.
-    host_batch: size of a global batch in videos, and this host's rows of it.
+    batch_size: number of videos of a global batch.
+    rows: this host's rows of every global batch, in order.
     num_threads: threads that read and decode, one video each. As many videos
       are read ahead.
     short_side: size of the frames' short side before cropping; `image_size` by
@@ -320,43 +284,38 @@ class EvalLoader:
 
   dataset: PreparedDataset
   preprocessing: transforms.Preprocessing
-  host_batch: HostBatch
+  batch_size: int
+  rows: Sequence[int]
   num_threads: int = 16
   short_side: int | None = None
   videos: range | None = None
   cut_views: Callable[[bytes, int], np.ndarray] | None = None
 
-  def __post_init__(self):
-    if self.num_threads < 1:
-      raise errors.UserError(
-        f'num_threads must be 1 or more, got {self.num_threads}'
-      )
-    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
-
   def __len__(self) -> int:
-    return -(-len(self._videos) // self.host_batch.global_size)
+    return -(-len(self._videos) // self.batch_size)
 
   @property
   def _videos(self) -> range:
     return range(len(self.dataset)) if self.videos is None else self.videos
 
   def __iter__(self) -> Iterator[Batch]:
+    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
     options = grain.ReadOptions(
       num_threads=self.num_threads, prefetch_buffer_size=self.num_threads
     )
-    num_rows = len(self.host_batch.rows)
-    videos = grain.MapDataset.range(len(self) * num_rows).map(self._read)
+    videos = grain.MapDataset.range(len(self) * len(self.rows)).map(self._read)
     iterator: Any = iter(videos.to_iter_dataset(options))
     try:
       for _ in range(len(self)):
-        yield self._collate([next(iterator) for _ in range(num_rows)])
+        yield self._collate([next(iterator) for _ in self.rows])
     finally:
       iterator.close()
 
   def _read(self, index: int) -> _EvalVideo:
     """Returns this host's n-th video; an empty row after the last one."""
     video = _EvalVideo()
-    position = self.host_batch.position(index)
+    batch, row = divmod(index, len(self.rows))
+    position = batch * self.batch_size + self.rows[row]
     if position >= len(self._videos):
       return video
     position = self._videos[position]

@@ -349,15 +349,12 @@ def make_train_loader(
     rand_augment_ops=config.augment.rand_augment_ops,
     rand_augment_magnitude=config.augment.rand_augment_magnitude,
   )
-  host_batch = loader.HostBatch(
-    config.batch_size,
-    sharding.local_batch_indices(training.mesh, config.batch_size),
-  )
   return loader.TrainLoader(
     data,
     preprocessing,
     options,
-    host_batch,
+    config.batch_size,
+    sharding.local_batch_indices(training.mesh, config.batch_size),
     num_threads=dataset.num_threads,
     num_processes=_reader_processes(
       dataset, training.mesh.devices.flat[0].platform

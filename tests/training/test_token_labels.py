@@ -236,7 +236,8 @@ def losses_of(
     dataset,
     p,
     loader.TrainOptions(seed=4, short_side=32, random_crop=False),
-    loader.HostBatch(6),
+    6,
+    range(6),
     num_threads=2,
     token_labels=stored_labels.StoredLabels(str(stored), dataset),
   )
