@@ -73,8 +73,7 @@ def store_labels(
   folder.mkdir(parents=True, exist_ok=True)
   stored_labels.write_meta(folder, meta)
 
-  num_files = stored_labels.num_files(len(data))
-  paths = [stored_labels.file_path(folder, i) for i in range(num_files)]
+  paths = stored_labels.file_paths(folder, len(data))
   first_file = [*(path.exists() for path in paths), False].index(False)
   first_video = min(first_file * stored_labels.VIDEOS_PER_FILE, len(data))
   if first_file:
@@ -93,7 +92,7 @@ def store_labels(
     labels.append(video_labels)
     shares.extend(share)
     if len(labels) == stored_labels.VIDEOS_PER_FILE or count == num_videos:
-      stored_labels.write_file(folder, first_file, labels)
+      stored_labels.write_file(paths[first_file], labels)
       labels, first_file = [], first_file + 1
   stored_labels.write_meta(folder, {**meta, 'complete': True})
   _LOG.info(
