@@ -205,20 +205,14 @@ class VideoContainer:
     """
     count = 0
     is_cut = False
-    packets = self.av.demux(self.stream)
-    while True:
-      try:
-        packet = next(packets, None)
-      except FAILURES as error:
-        raise self.error(
-          f'cannot be read after {count} frames', error
-        ) from error
-      if packet is None:
-        break
-      if packet.size:  # Others flush the decoder.
-        is_cut = packet.is_corrupt  # The last packet's value remains.
-        count += 1
-      yield packet
+    try:
+      for packet in self.av.demux(self.stream):
+        if packet.size:  # Others flush the decoder.
+          is_cut = packet.is_corrupt  # The last packet's value remains.
+          count += 1
+        yield packet
+    except FAILURES as error:
+      raise self.error(f'cannot be read after {count} frames', error) from error
     # An AVI file that only lost the index at its end has all of its frames.
     has_all = self.av.format.name == 'avi' and 0 < self.stream.frames <= count
     if is_cut or not (self._is_complete or has_all):
