@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import math
+import operator
 import re
 from typing import Any
 
@@ -119,19 +120,16 @@ def check(config: Config) -> None:
   faults = []
 
   def add(name: str, expected: str) -> None:
-    value = config
-    for key in name.split('.'):
-      value = value[key]
+    value = operator.attrgetter(name)(config)
     faults.append(f'config.{name} is {value!r}, expected {expected}')
 
   for name, (expected, is_valid) in _RANGES.items():
-    group, _, key = name.rpartition('.')
-    fields = config[group] if group else config
-    if key not in fields:
+    try:
+      value = operator.attrgetter(name)(config)
+    except AttributeError as error:
       raise UserError(
         f'config.{name} is missing; add it as in configs/common.py'
-      )
-    value = fields[key]
+      ) from error
     is_finite = not isinstance(value, float) or math.isfinite(value)
     if not is_finite or not is_valid(value):
       add(name, expected)
