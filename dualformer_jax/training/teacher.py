@@ -62,7 +62,10 @@ def teacher_from_model(
 ) -> Teacher:
   """Returns a teacher with a model that runs inside the training step.
 
-  `model` is the student, `variables` and `rescale` those of targets_from_model.
+  It runs in evaluation mode, and no gradient flows through it. If the clips
+  have n times its frames, it takes every nth. `model` is the student. `rescale`
+  has the factor and the offset of R, G and B from the student's normalization
+  to the teacher's.
   """
   num_frames, *grid = model.token_grid()
   _, *teacher_grid = teacher.token_grid()
@@ -85,13 +88,16 @@ def teacher_from_model(
       'be a multiple of the other'
     )
   top = config.token_labels.top or model.num_classes
-  targets = functools.partial(
-    targets_from_model,
-    model=teacher,
-    num_frames=num_frames,
-    top=top,
-    rescale=rescale,
-  )
+
+  def targets(key, variables, clips):
+    del key
+    factor, offset = (jnp.asarray(values) for values in rescale)
+    clips = clips[:, :: clips.shape[1] // teacher.num_frames] * factor + offset
+    output: Any = teacher.apply(
+      jax.lax.stop_gradient(variables), clips, score_tokens=True
+    )
+    return soft_labels(output.token_logits, num_frames, top)
+
   return Teacher(targets, clip_frames, top, variables)
 
 
@@ -113,31 +119,6 @@ def soft_labels(
   else:
     logits = jnp.repeat(logits, num_frames // teacher_frames, axis=1)
   return _softmax_of_top(logits, logits, top)
-
-
-def targets_from_model(
-  key: PRNGKeyArray,
-  variables: Any,
-  clips: Float[Array, 'b t y x 3'],
-  *,
-  model: DualFormer,
-  num_frames: int,
-  top: int,
-  rescale: tuple[Sequence[float], Sequence[float]],
-) -> Float[Array, 'b num_frames h w k']:
-  """Computes soft labels of tokens with a teacher model.
-
-  It runs in evaluation mode, and no gradient flows through it. If the clips
-  have n times its frames, it takes every nth. `rescale` has the factor and the
-  offset of R, G and B from the student's normalization to the teacher's.
-  """
-  del key
-  factor, offset = (jnp.asarray(values) for values in rescale)
-  clips = clips[:, :: clips.shape[1] // model.num_frames] * factor + offset
-  output: Any = model.apply(
-    jax.lax.stop_gradient(variables), clips, score_tokens=True
-  )
-  return soft_labels(output.token_logits, num_frames, top)
 
 
 def targets_from_labels(

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -81,16 +82,22 @@ def augmentation(mean=120.0, std=60.0, **options: Any):
   )
 
 
+def targets_of(teacher_model: DualFormer, student: DualFormer, top: int = 5):
+  """The targets of a teacher with the normalization of its student."""
+  config = types.SimpleNamespace(
+    dataset=types.SimpleNamespace(sampling='dense', frame_interval=2),
+    token_labels=types.SimpleNamespace(teacher='teacher', top=top),
+  )
+  rescale = (1.0,) * 3, (0.0,) * 3
+  return token_labels.teacher_from_model(
+    config, student, teacher_model, None, rescale
+  ).targets
+
+
 def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
   """A training step and its first state, with a teacher or stored labels."""
   optimizer = optax.sgd(0.1)
-  ask = functools.partial(
-    token_labels.targets_from_model,
-    model=teacher_model,
-    num_frames=student.num_frames // 2,
-    top=5,
-    rescale=((1.0,) * 3, (0.0,) * 3),
-  )
+  ask = targets_of(teacher_model, student)
   train_step = functools.partial(
     step.train_step,
     model=student,
@@ -248,15 +255,7 @@ def losses_of(
   clips = forward.normalize(
     jnp.asarray(batch['clips']), p.pixel_mean, p.pixel_std
   )
-  asked = jax.jit(
-    functools.partial(
-      token_labels.targets_from_model,
-      model=model,
-      num_frames=8,
-      top=top,
-      rescale=((1.0,) * 3, (0.0,) * 3),
-    )
-  )(key, variables, clips)
+  asked = jax.jit(targets_of(model, model, top))(key, variables, clips)
   found = token_labels.targets_from_labels(
     key,
     None,
