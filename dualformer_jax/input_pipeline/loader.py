@@ -39,6 +39,8 @@ _LOG = logging.getLogger(__name__)
 _Video = futures.Future[tuple[list[Row], list[Failure]]]
 # The clips, which are being written, and the videos that they come from.
 _PendingBatch = tuple[UInt8[np.ndarray, 'rows *clip'], list[_Video]]
+# Views, label, name and failure of a video; None and '' where it has none.
+_EvalVideo = tuple[np.ndarray | None, Any, str, str]
 # In a process that reads videos: the stream, and the shape of a batch's clips.
 _reader: tuple[TrainStream, tuple[int, ...]]
 
@@ -247,16 +249,6 @@ def _read_in_process(
   return stream.read(position, clips[first : first + stream.options.repeats])
 
 
-@dataclasses.dataclass
-class _EvalVideo:
-  """A row of a test batch. `views` is None where there is nothing to score."""
-
-  views: UInt8[np.ndarray, 'views frames size size 3'] | None = None
-  label: int | tuple[int, ...] | None = None
-  video_id: str = ''
-  failure: str = ''
-
-
 @dataclasses.dataclass(frozen=True)
 class EvalLoader:
   """All views of every video, once, in the dataset's order.
@@ -313,38 +305,36 @@ class EvalLoader:
 
   def _read(self, index: int) -> _EvalVideo:
     """Returns this host's n-th video; an empty row after the last one."""
-    video = _EvalVideo()
     batch, row = divmod(index, len(self.rows))
     position = batch * self.batch_size + self.rows[row]
     if position >= len(self._videos):
-      return video
+      return None, None, '', ''
     position = self._videos[position]
-    video.video_id = f'record {position}'
+    views, label, name, failure = None, None, f'record {position}', ''
     try:
       example = self.dataset[position]
-      video.video_id, video.label = example.video_id, example.label
+      name, label = example.video_id, example.label
       if self.cut_views is not None:
-        video.views = self.cut_views(example.video, position)
+        views = self.cut_views(example.video, position)
       else:
-        video.views = transforms.eval_views(
+        views = transforms.eval_views(
           example.video, self.preprocessing, short_side=self.short_side
         )
     except VIDEO_FAILURES as error:
-      video.failure = errors.error_reason(error)
-    return video
+      failure = errors.error_reason(error)
+    return views, label, name, failure
 
   def _collate(self, videos: list[_EvalVideo]) -> Batch:
     p = self.preprocessing
     shape = (p.num_clips * p.num_crops, p.num_frames)
     blank = np.zeros((*shape, p.image_size, p.image_size, 3), np.uint8)
+    views, labels, names, failures = map(list, zip(*videos, strict=True))
     return {
-      'views': np.stack(
-        [blank if v.views is None else v.views for v in videos]
-      ),
-      'labels': _labels([v.label for v in videos], self.dataset),
-      'mask': np.array([v.views is not None for v in videos]),
-      'video_ids': [v.video_id for v in videos],
-      'failed': [(v.video_id, v.failure) for v in videos if v.failure],
+      'views': np.stack([blank if v is None else v for v in views]),
+      'labels': _labels(labels, self.dataset),
+      'mask': np.array([v is not None for v in views]),
+      'video_ids': names,
+      'failed': [pair for pair in zip(names, failures, strict=True) if pair[1]],
     }
 
 
