@@ -315,9 +315,7 @@ def make_training(
 def with_shardings(tree: Any, mesh: Mesh) -> Any:
   """Returns the shapes, types and shardings of a tree of parameters."""
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda leaf, where: leaf.update(sharding=where),
     tree,
     sharding.tree_shardings(tree, mesh),
   )
