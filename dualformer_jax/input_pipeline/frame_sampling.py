@@ -59,6 +59,5 @@ def _segments(
   total: int, clip_len: int
 ) -> tuple[Int[np.ndarray, ' frames'], Int[np.ndarray, ' frames']]:
   """Returns first and last frames of segments; neighbors share a frame."""
-  bounds = np.arange(clip_len + 1) * ((total - 1) / clip_len)
-  bounds = np.around(bounds).astype(np.int64)
+  bounds = np.linspace(0, total - 1, clip_len + 1).round().astype(np.int64)
   return bounds[:-1], bounds[1:]
