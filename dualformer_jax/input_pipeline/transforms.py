@@ -341,8 +341,7 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
       top = int(rng.integers(height - crop_height, endpoint=True))
       left = int(rng.integers(width - crop_width, endpoint=True))
       return top, left, crop_height, crop_width
-  side = min(height, width)
-  return (height - side) // 2, (width - side) // 2, side, side
+  return _center_box(size, min(size))
 
 
 def _center_box(frame_size: tuple[int, int], size: int) -> Box:
