@@ -97,7 +97,7 @@ class FrameIndex:
 
 
 class VideoContainer:
-  """An open video file and its main video stream; a context manager.
+  """A video file, open until `close`, and its main video stream.
 
   Attributes:
     path: of the file; '' where only its content is given.
@@ -177,12 +177,6 @@ class VideoContainer:
       # For streams that change their size.
       context.options = {'max_pixels': str(MAX_PIXELS)}
       self._resources = stack.pop_all()
-
-  def __enter__(self) -> VideoContainer:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
 
   def close(self) -> None:
     """Closes the file."""
