@@ -16,11 +16,9 @@ def eval_frames(
   total: int, clip_len: int, interval: int, num_clips: int
 ) -> Int[np.ndarray, 'clips frames']:
   """Samples clips evenly spread over a video, for validation and testing."""
-  span = clip_len * interval
-  offsets = np.zeros(num_clips, np.int64)
-  if total >= span:
-    step = (total - span + 1) / num_clips
-    offsets = (np.arange(num_clips) * step + step / 2).astype(np.int64)
+  # 0 if the clips are looped.
+  step = max(0, total - clip_len * interval + 1) / num_clips
+  offsets = (np.arange(num_clips) * step + step / 2).astype(np.int64)
   return (offsets[:, None] + np.arange(clip_len) * interval) % total
 
 
