@@ -1,6 +1,7 @@
 """Scores every token of the training videos with a teacher, and stores it."""
 
 from collections.abc import Callable, Iterator
+import functools
 import hashlib
 import itertools
 import logging
@@ -10,7 +11,6 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-from jaxtyping import UInt8
 import numpy as np
 
 from dualformer_jax import progress
@@ -113,9 +113,8 @@ def _read(
   num_threads: int,
 ) -> Iterator[_Video]:
   """Yields the videos from `first` on, whole frames squeezed to a square."""
-
-  def squeeze(frame: video_reader.Frame) -> UInt8[np.ndarray, 'size size 3']:
-    return transforms.resize(frame[None], p.image_size, p.image_size)[0]
+  size = p.image_size
+  squeeze = functools.partial(transforms.resize, height=size, width=size)
 
   def read(index: int) -> _Video:
     name = f'record {index}'
