@@ -219,8 +219,7 @@ class Training:
       return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     num_frames = teacher.clip_frames if teacher else model.num_frames
-    size = model.image_size
-    pixels = (3 * size // 2, size) if config.dataset.yuv420 else (size, size, 3)
+    _, *pixels = make_preprocessing(config).clip_shape(config.dataset.yuv420)
     batch = {
       'clips': array(np.uint8, num_frames, *pixels),
       'labels': array(np.int32),
