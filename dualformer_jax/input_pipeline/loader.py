@@ -11,6 +11,7 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+import contextlib
 import dataclasses
 import logging
 from typing import Any
@@ -296,12 +297,10 @@ class EvalLoader:
       num_threads=self.num_threads, prefetch_buffer_size=self.num_threads
     )
     videos = grain.MapDataset.range(len(self) * len(self.rows)).map(self._read)
-    iterator: Any = iter(videos.to_iter_dataset(options))
-    try:
-      for _ in range(len(self)):
-        yield self._collate([next(iterator) for _ in self.rows])
-    finally:
-      iterator.close()
+    videos = videos.to_iter_dataset(options)
+    batches = iter(videos.batch(len(self.rows), batch_fn=self._collate))
+    with contextlib.closing(batches):  # ends the threads
+      yield from batches
 
   def _read(self, index: int) -> _EvalVideo:
     """Returns this host's n-th video; an empty row after the last one."""
@@ -324,7 +323,7 @@ class EvalLoader:
       failure = errors.error_reason(error)
     return views, label, name, failure
 
-  def _collate(self, videos: list[_EvalVideo]) -> Batch:
+  def _collate(self, videos: Sequence[_EvalVideo]) -> Batch:
     p = self.preprocessing
     shape = (p.num_clips * p.num_crops, p.num_frames)
     blank = np.zeros((*shape, p.image_size, p.image_size, 3), np.uint8)
