@@ -302,8 +302,7 @@ class VideoContainer:
     """Returns when a picture is shown, in units of the stream's time base."""
     # AVI files have decoding times only. FFmpeg makes up the others, which are
     # out of order in files with B-frames.
-    is_avi = self.av.format.name == 'avi'
-    return picture.dts if is_avi else picture.pts
+    return picture.dts if self.av.format.name == 'avi' else picture.pts
 
   def frame_index(self) -> FrameIndex | None:
     """Returns the frame index, or None where packets do not give it exactly.
