@@ -25,6 +25,10 @@ def _up_to(high: int) -> _Range:
   return f'0 to {high}', lambda value: 0 <= value <= high
 
 
+def _one_of(*values: Any) -> _Range:
+  return ' or '.join(map(repr, values)), lambda value: value in values
+
+
 def _numbers(values: Any) -> bool:
   return len(values) in (0, 3) and all(
     isinstance(v, int | float) and math.isfinite(v) for v in values
@@ -33,7 +37,6 @@ def _numbers(values: Any) -> bool:
 
 _POSITIVE: _Range = 'more than 0', lambda value: value > 0
 _BELOW_1: _Range = 'at least 0 and less than 1', lambda value: 0 <= value < 1
-_CROPS: _Range = '1 or 3', lambda value: value in (1, 3)
 _AXIS: _Range = 'at least 1, or -1', lambda value: value == -1 or value >= 1
 
 _NAME: _Range = (
@@ -46,10 +49,7 @@ _RANGES: dict[str, _Range] = {
   'model.num_classes': _at_least(0),
   'model.drop_path_rate': _BELOW_1,
   'model.head_dropout': _BELOW_1,
-  'dataset.sampling': (
-    "'dense' or 'uniform'",
-    lambda value: value in ('dense', 'uniform'),
-  ),
+  'dataset.sampling': _one_of('dense', 'uniform'),
   'dataset.frame_interval': _at_least(1),
   'dataset.train_short_side': _at_least(1),
   'dataset.cache_gigabytes': _at_least(0),
@@ -94,15 +94,12 @@ _RANGES: dict[str, _Range] = {
   'optimizer.max_grad_norm': _at_least(0),
   'validation.every_epochs': _at_least(1),
   'validation.num_clips': _at_least(1),
-  'validation.num_crops': _CROPS,
+  'validation.num_crops': _one_of(1, 3),
   'validation.resize_ratio': _at_least(1),
   'validation.patience': _at_least(0),
   'test.num_clips': _at_least(1),
-  'test.num_crops': _CROPS,
-  'test.checkpoint': (
-    "'best' or 'latest'",
-    lambda value: value in ('best', 'latest'),
-  ),
+  'test.num_crops': _one_of(1, 3),
+  'test.checkpoint': _one_of('best', 'latest'),
   'checkpoint.every_steps': _at_least(1),
   'checkpoint.keep': _at_least(1),
   'log_every_steps': _at_least(1),
