@@ -84,16 +84,14 @@ def store_labels(
   score_batch = _make_score_batch(
     model, variables, metadata.preprocessing, meta['top'], batch_size
   )
-  labels, shares = [], []
+  shares = []
   num_videos = len(data) - first_video
   scored = _score_videos(videos, score_batch, batch_size)
   scored = progress.track(scored, 'Scoring tokens', num_videos, 'videos')
-  for count, (video_labels, share) in enumerate(scored, 1):
-    labels.append(video_labels)
-    shares.extend(share)
-    if len(labels) == stored_labels.VIDEOS_PER_FILE or count == num_videos:
-      stored_labels.write_file(paths[first_file], labels)
-      labels, first_file = [], first_file + 1
+  missing = iter(paths[first_file:])
+  while part := list(itertools.islice(scored, stored_labels.VIDEOS_PER_FILE)):
+    stored_labels.write_file(next(missing), [labels for labels, _ in part])
+    shares += itertools.chain.from_iterable(share for _, share in part)
   stored_labels.write_meta(folder, {**meta, 'complete': True})
   _LOG.info(
     'token labels of %d videos (%d could not be read); the stored classes hold '
