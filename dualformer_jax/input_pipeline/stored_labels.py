@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import json
-import os
 import pathlib
 import struct
 from typing import Any
@@ -101,8 +100,8 @@ class StoredLabels:
         f'{folder}: belongs to another dataset or split than {dataset.folder},'
         f' {dataset.split!r}; compute token labels of this one'
       )
-    paths = [str(path) for path in file_paths(self.folder, len(dataset))]
-    missing = [path for path in paths if not os.path.isfile(path)]
+    paths = file_paths(self.folder, len(dataset))
+    missing = [path for path in paths if not path.is_file()]
     if missing:
       raise errors.UserError(
         f'{missing[0]}: is missing; copy the whole folder again'
