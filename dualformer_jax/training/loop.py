@@ -157,10 +157,9 @@ def train_and_test(
         {'params': state.params, 'batch_stats': state.batch_stats},
         base_metadata,
       )
-      state = dataclasses.replace(state, **variables)
       if state.ema_params is not None:
-        copies = jax.tree.map(jnp.copy, state.params)
-        state = dataclasses.replace(state, ema_params=copies)
+        variables['ema_params'] = jax.tree.map(jnp.copy, variables['params'])
+      state = dataclasses.replace(state, **variables)
       _LOG.info(
         'started from %s\n%s', source.name, '\n'.join(transferred.table())
       )
