@@ -101,8 +101,7 @@ class StoredLabels:
         f' {dataset.split!r}; compute token labels of this one'
       )
     paths = file_paths(self.folder, len(dataset))
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
       raise errors.UserError(
         f'{missing[0]}: is missing; copy the whole folder again'
       )

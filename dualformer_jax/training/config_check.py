@@ -146,9 +146,9 @@ def check(config: Config) -> None:
   if list(config.mesh.values()).count(-1) > 1:
     faults.append('config.mesh has more than one -1')
   if config.dataset.sampling == 'uniform':
-    for name in ('validation.num_clips', 'test.num_clips'):
-      if config[name.split('.')[0]].num_clips > 1:
-        add(name, "1 with dataset.sampling='uniform'")
+    for group in ('validation', 'test'):
+      if config[group].num_clips > 1:
+        add(f'{group}.num_clips', "1 with dataset.sampling='uniform'")
   size, steps = config.batch_size, config.accumulation_steps
   if min(size, steps) >= 1:
     if size % steps:
