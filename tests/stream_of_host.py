@@ -21,7 +21,8 @@ def read(request: dict[str, Any]) -> list[dict[str, Any]]:
     dataset,
     transforms.Preprocessing(4, 2, 24),
     loader.TrainOptions(seed=3, short_side=30),
-    loader.HostBatch(request['batch_size'], request['rows']),
+    request['batch_size'],
+    request['rows'] or range(request['batch_size']),
     num_threads=request['num_threads'],
   )
   if request['state']:

@@ -76,7 +76,8 @@ def score_split(
   batches = loader.EvalLoader(
     data,
     preprocessing,
-    loader.HostBatch(batch_size, local_indices),
+    batch_size,
+    local_indices,
     num_threads=scorer.num_threads,
     short_side=short_side,
   )
@@ -96,13 +97,12 @@ def score_split(
       masks.append(rows['mask'])
       logits.append(scores[rows['mask']])
       labels.append(rows['labels'][rows['mask']])
-      reasons = iter(batch['failed'])
-      for index, video_id, is_scored in zip(
-        local_indices, batch['video_ids'], batch['mask'], strict=True
+      reasons = dict(batch['failed'])
+      for index, video_id in zip(
+        local_indices, batch['video_ids'], strict=True
       ):
         if video_id:
-          reason = '' if is_scored else next(reasons)[1]
-          videos.append((first + index, video_id, reason))
+          videos.append((first + index, video_id, reasons.get(video_id, '')))
       add(min(batch_size, len(data) - first))
       if should_stop():
         return None

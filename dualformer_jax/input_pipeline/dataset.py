@@ -147,8 +147,7 @@ class PreparedDataset:
         f' {" or ".join(_FORMATS)}; remove it and {how_to_make}'
       )
     exists = store.sizes.__contains__ if store else os.path.isfile
-    missing = [path for path in paths if not exists(path)]
-    if missing:
+    if missing := [path for path in paths if not exists(path)]:
       raise errors.UserError(
         f'{self.folder}: {len(missing)} of {len(paths)} files of split'
         f' {split!r} are missing, such as {os.path.basename(missing[0])}; copy'

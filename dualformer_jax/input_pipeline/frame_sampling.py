@@ -16,11 +16,9 @@ def eval_frames(
   total: int, clip_len: int, interval: int, num_clips: int
 ) -> Int[np.ndarray, 'clips frames']:
   """Samples clips evenly spread over a video, for validation and testing."""
-  span = clip_len * interval
-  offsets = np.zeros(num_clips, np.int64)
-  if total >= span:
-    step = (total - span + 1) / num_clips
-    offsets = (np.arange(num_clips) * step + step / 2).astype(np.int64)
+  # 0 if the clips are looped.
+  step = max(0, total - clip_len * interval + 1) / num_clips
+  offsets = (np.arange(num_clips) * step + step / 2).astype(np.int64)
   return (offsets[:, None] + np.arange(clip_len) * interval) % total
 
 
@@ -59,6 +57,5 @@ def _segments(
   total: int, clip_len: int
 ) -> tuple[Int[np.ndarray, ' frames'], Int[np.ndarray, ' frames']]:
   """Returns first and last frames of segments; neighbors share a frame."""
-  bounds = np.arange(clip_len + 1) * ((total - 1) / clip_len)
-  bounds = np.around(bounds).astype(np.int64)
+  bounds = np.linspace(0, total - 1, clip_len + 1).round().astype(np.int64)
   return bounds[:-1], bounds[1:]

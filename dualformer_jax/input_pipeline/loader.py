@@ -11,6 +11,7 @@ import collections
 from collections.abc import Callable, Iterator, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
+import contextlib
 import dataclasses
 import logging
 from typing import Any
@@ -39,40 +40,10 @@ _LOG = logging.getLogger(__name__)
 _Video = futures.Future[tuple[list[Row], list[Failure]]]
 # The clips, which are being written, and the videos that they come from.
 _PendingBatch = tuple[UInt8[np.ndarray, 'rows *clip'], list[_Video]]
+# Views, label, name and failure of a video; None and '' where it has none.
+_EvalVideo = tuple[np.ndarray | None, Any, str, str]
 # In a process that reads videos: the stream, and the shape of a batch's clips.
 _reader: tuple[TrainStream, tuple[int, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class HostBatch:
-  """The rows of every global batch that this host reads.
-
-  Attributes:
-    global_size: number of rows of a global batch.
-    local_batch_indices: this host's rows, in order, as
-      sharding.local_batch_indices returns them; all rows by default.
-  """
-
-  global_size: int
-  local_batch_indices: Sequence[int] | None = None
-
-  def __post_init__(self):
-    if self.global_size < 1:
-      raise errors.UserError(
-        f'batch_size must be 1 or more, got {self.global_size}'
-      )
-
-  @property
-  def rows(self) -> Sequence[int]:
-    """This host's rows."""
-    if self.local_batch_indices is None:
-      return range(self.global_size)
-    return self.local_batch_indices
-
-  def position(self, index: int) -> int:
-    """Returns the position in the global stream of this host's n-th row."""
-    batch, row = divmod(index, len(self.rows))
-    return batch * self.global_size + int(self.rows[row])
 
 
 class TrainLoader(Iterator[Batch]):
@@ -98,7 +69,8 @@ class TrainLoader(Iterator[Batch]):
     dataset: PreparedDataset,
     preprocessing: transforms.Preprocessing,
     options: TrainOptions,
-    host_batch: HostBatch,
+    batch_size: int,
+    rows: Sequence[int],
     *,
     num_threads: int = 16,
     num_processes: int = 0,
@@ -111,23 +83,18 @@ class TrainLoader(Iterator[Batch]):
       dataset: the videos.
       preprocessing: frames, interval and size of the clips.
       options: which clips to draw.
-      host_batch: size of a global batch, and this host's rows of it.
+      batch_size: number of clips of a global batch.
+      rows: this host's rows of every global batch, in order.
       num_threads: threads that read and decode, one video each.
       num_processes: processes that do this instead; 0 for threads.
       prefetch: number of batches to read ahead; more if there are more readers.
       token_labels: stored labels of the same videos; cropped as the clips are.
 
     Raises:
-      UserError: an argument is out of range; or (from next()) no video can be
-        read.
+      UserError: the rows do not fit `repeats`; or (from next()) no video can
+        be read.
     """
-    if min(num_threads, prefetch) < 1 or num_processes < 0:
-      raise errors.UserError(
-        'num_threads and prefetch must be 1 or more, got'
-        f' {num_threads} and {prefetch}; num_processes 0 or more, got'
-        f' {num_processes}'
-      )
-    rows, repeats = host_batch.rows, options.repeats
+    repeats = options.repeats
     if len(rows) % repeats or any(
       row != rows[i - i % repeats] + i % repeats for i, row in enumerate(rows)
     ):
@@ -138,7 +105,7 @@ class TrainLoader(Iterator[Batch]):
       )
     self._source = dataset, preprocessing, options, token_labels
     self._stream = TrainStream(*self._source)
-    self._host_batch = host_batch
+    self._batch_size, self._rows = batch_size, rows
     self._num_threads = num_threads
     self._num_processes = num_processes
     videos_per_batch = len(rows) // repeats
@@ -162,11 +129,10 @@ class TrainLoader(Iterator[Batch]):
       ) from error
 
   def _next_batch(self) -> Batch:
-    size = self._host_batch.global_size
     if self._pool is None:
       self._pool = self._start_pool()
     while len(self._pending) <= self._ahead:
-      position = self._position + size * len(self._pending)
+      position = self._position + self._batch_size * len(self._pending)
       self._pending.append(self._begin_batch(self._pool, position))
     clips, videos = self._pending.popleft()
     rows: list[Row] = []
@@ -174,7 +140,7 @@ class TrainLoader(Iterator[Batch]):
       rows_of_video, failures = video.result()
       rows += rows_of_video
       self._log_failures(failures)
-    self._position += size
+    self._position += self._batch_size
     fields = {name: [row[name] for row in rows] for name in rows[0]}
     labels = _labels(fields.pop('labels'), self._stream.dataset)
     video_ids = fields.pop('video_ids')
@@ -195,7 +161,7 @@ class TrainLoader(Iterator[Batch]):
     repeats = self._stream.options.repeats
     videos = []
     for first in range(0, len(clips), repeats):
-      position = start + int(self._host_batch.rows[first])
+      position = start + self._rows[first]
       if self._num_processes:
         video = pool.submit(_read_in_process, position, path, first)
       else:
@@ -284,16 +250,6 @@ def _read_in_process(
   return stream.read(position, clips[first : first + stream.options.repeats])
 
 
-@dataclasses.dataclass
-class _EvalVideo:
-  """A row of a test batch. `views` is None where there is nothing to score."""
-
-  views: UInt8[np.ndarray, 'views frames size size 3'] | None = None
-  label: int | tuple[int, ...] | None = None
-  video_id: str = ''
-  failure: str = ''
-
-
 @dataclasses.dataclass(frozen=True)
 class EvalLoader:
   """All views of every video, once, in the dataset's order.
@@ -308,7 +264,8 @@ class EvalLoader:
   Attributes:
     dataset: the videos.
     preprocessing: number and size of the views; see transforms.eval_views.
-    host_batch: size of a global batch in videos, and this host's rows of it.
+    batch_size: number of videos of a global batch.
+    rows: this host's rows of every global batch, in order.
     num_threads: threads that read and decode, one video each. As many videos
       are read ahead.
     short_side: size of the frames' short side before cropping; `image_size` by
@@ -320,72 +277,63 @@ class EvalLoader:
 
   dataset: PreparedDataset
   preprocessing: transforms.Preprocessing
-  host_batch: HostBatch
+  batch_size: int
+  rows: Sequence[int]
   num_threads: int = 16
   short_side: int | None = None
   videos: range | None = None
   cut_views: Callable[[bytes, int], np.ndarray] | None = None
 
-  def __post_init__(self):
-    if self.num_threads < 1:
-      raise errors.UserError(
-        f'num_threads must be 1 or more, got {self.num_threads}'
-      )
-    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
-
   def __len__(self) -> int:
-    return -(-len(self._videos) // self.host_batch.global_size)
+    return -(-len(self._videos) // self.batch_size)
 
   @property
   def _videos(self) -> range:
     return range(len(self.dataset)) if self.videos is None else self.videos
 
   def __iter__(self) -> Iterator[Batch]:
+    cv2.setNumThreads(0)  # OpenCV's threads would contend with the loader's.
     options = grain.ReadOptions(
       num_threads=self.num_threads, prefetch_buffer_size=self.num_threads
     )
-    num_rows = len(self.host_batch.rows)
-    videos = grain.MapDataset.range(len(self) * num_rows).map(self._read)
-    iterator: Any = iter(videos.to_iter_dataset(options))
-    try:
-      for _ in range(len(self)):
-        yield self._collate([next(iterator) for _ in range(num_rows)])
-    finally:
-      iterator.close()
+    videos = grain.MapDataset.range(len(self) * len(self.rows)).map(self._read)
+    videos = videos.to_iter_dataset(options)
+    batches = iter(videos.batch(len(self.rows), batch_fn=self._collate))
+    with contextlib.closing(batches):  # ends the threads
+      yield from batches
 
   def _read(self, index: int) -> _EvalVideo:
     """Returns this host's n-th video; an empty row after the last one."""
-    video = _EvalVideo()
-    position = self.host_batch.position(index)
+    batch, row = divmod(index, len(self.rows))
+    position = batch * self.batch_size + self.rows[row]
     if position >= len(self._videos):
-      return video
+      return None, None, '', ''
     position = self._videos[position]
-    video.video_id = f'record {position}'
+    views, label, name, failure = None, None, f'record {position}', ''
     try:
       example = self.dataset[position]
-      video.video_id, video.label = example.video_id, example.label
+      name, label = example.video_id, example.label
       if self.cut_views is not None:
-        video.views = self.cut_views(example.video, position)
+        views = self.cut_views(example.video, position)
       else:
-        video.views = transforms.eval_views(
+        views = transforms.eval_views(
           example.video, self.preprocessing, short_side=self.short_side
         )
     except VIDEO_FAILURES as error:
-      video.failure = errors.error_reason(error)
-    return video
+      failure = errors.error_reason(error)
+    return views, label, name, failure
 
-  def _collate(self, videos: list[_EvalVideo]) -> Batch:
+  def _collate(self, videos: Sequence[_EvalVideo]) -> Batch:
     p = self.preprocessing
     shape = (p.num_clips * p.num_crops, p.num_frames)
     blank = np.zeros((*shape, p.image_size, p.image_size, 3), np.uint8)
+    views, labels, names, failures = map(list, zip(*videos, strict=True))
     return {
-      'views': np.stack(
-        [blank if v.views is None else v.views for v in videos]
-      ),
-      'labels': _labels([v.label for v in videos], self.dataset),
-      'mask': np.array([v.views is not None for v in videos]),
-      'video_ids': [v.video_id for v in videos],
-      'failed': [(v.video_id, v.failure) for v in videos if v.failure],
+      'views': np.stack([blank if v is None else v for v in views]),
+      'labels': _labels(labels, self.dataset),
+      'mask': np.array([v is not None for v in views]),
+      'video_ids': names,
+      'failed': [pair for pair in zip(names, failures, strict=True) if pair[1]],
     }
 
 

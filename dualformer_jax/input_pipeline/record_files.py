@@ -129,11 +129,8 @@ class TFRecordFiles:
     if self._store is None:
       # Opened for each record, as there may be more shards than a process may
       # have files open.
-      descriptor = os.open(path, os.O_RDONLY)
-      try:
-        content = os.pread(descriptor, end - start, start)
-      finally:
-        os.close(descriptor)
+      with open(path, 'rb', buffering=0) as file:
+        content = os.pread(file.fileno(), end - start, start)
     elif self._cache is None:
       content = self._store.read(path, start, end)
     else:

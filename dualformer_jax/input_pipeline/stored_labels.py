@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 import json
-import os
 import pathlib
 import struct
 from typing import Any
@@ -101,11 +100,8 @@ class StoredLabels:
         f'{folder}: belongs to another dataset or split than {dataset.folder},'
         f' {dataset.split!r}; compute token labels of this one'
       )
-    paths = [
-      str(file_path(self.folder, i)) for i in range(num_files(len(dataset)))
-    ]
-    missing = [path for path in paths if not os.path.isfile(path)]
-    if missing:
+    paths = file_paths(self.folder, len(dataset))
+    if missing := [path for path in paths if not path.is_file()]:
       raise errors.UserError(
         f'{missing[0]}: is missing; copy the whole folder again'
       )
@@ -160,21 +156,14 @@ def label_clip_indices(
   return starts[:, None] + np.arange(p.num_frames) * p.frame_interval
 
 
-def num_files(num_videos: int) -> int:
-  """Returns the number of files for a number of videos."""
-  return -(-num_videos // VIDEOS_PER_FILE)
+def file_paths(folder: pathlib.Path, num_videos: int) -> list[pathlib.Path]:
+  """Returns the paths of the files for a number of videos, in order."""
+  numbers = range(-(-num_videos // VIDEOS_PER_FILE))
+  return [folder / f'token_labels-{i:05d}.array_record' for i in numbers]
 
 
-def file_path(folder: pathlib.Path, number: int) -> pathlib.Path:
-  """Returns the path of the file with a number, from 0."""
-  return folder / f'token_labels-{number:05d}.array_record'
-
-
-def write_file(
-  folder: pathlib.Path, number: int, labels: Sequence[VideoLabels]
-) -> None:
+def write_file(path: pathlib.Path, labels: Sequence[VideoLabels]) -> None:
   """Writes a file atomically."""
-  path = file_path(folder, number)
   partial = path.with_suffix('.partial')
   writer = ArrayRecordWriter(str(partial), 'group_size:1')
   for video in labels:

@@ -62,12 +62,6 @@ class TrainOptions:
   rand_augment_ops: int = 0
   rand_augment_magnitude: int = 9
 
-  def __post_init__(self):
-    if not 0 <= self.seed < 2**32:
-      raise errors.UserError(f'seed must be in 0..2**32-1, got {self.seed}')
-    if self.repeats < 1:
-      raise errors.UserError(f'repeats must be 1 or more, got {self.repeats}')
-
 
 class TrainStream:
   """Training clips by position.

@@ -301,7 +301,8 @@ def center_crop(
   Raises:
     ValueError: the frames are smaller than `size`.
   """
-  return _crop(frames, _center_box(frames.shape[1:3], size))
+  top, left, _, _ = _center_box(frames.shape[1:3], size)
+  return frames[:, top : top + size, left : left + size]
 
 
 def three_crops(
@@ -321,7 +322,7 @@ def three_crops(
     corners = [(top, 0), (top, 2 * left), (top, left)]
   else:
     corners = [(0, left), (2 * top, left), (top, left)]
-  return np.stack([_crop(frames, (y, x, size, size)) for y, x in corners])
+  return np.stack([frames[:, y : y + size, x : x + size] for y, x in corners])
 
 
 def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
@@ -341,8 +342,7 @@ def _random_box(size: tuple[int, int], rng: np.random.Generator) -> Box:
       top = int(rng.integers(height - crop_height, endpoint=True))
       left = int(rng.integers(width - crop_width, endpoint=True))
       return top, left, crop_height, crop_width
-  side = min(height, width)
-  return (height - side) // 2, (width - side) // 2, side, side
+  return _center_box(size, min(size))
 
 
 def _center_box(frame_size: tuple[int, int], size: int) -> Box:
@@ -395,13 +395,6 @@ def _resize_part_to(
     target[...] = to_yuv420(resize(part, size, size))
   else:
     resize_to(target, part)
-
-
-def _crop(
-  frames: UInt8[np.ndarray, '*t h w 3'], box: Box
-) -> UInt8[np.ndarray, '*t h2 w2 3']:
-  top, left, height, width = box
-  return frames[..., top : top + height, left : left + width, :]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,7 @@ class FrameIndex:
 
 
 class VideoContainer:
-  """An open video file and its main video stream; a context manager.
+  """A video file, open until `close`, and its main video stream.
 
   Attributes:
     path: of the file; '' where only its content is given.
@@ -178,12 +178,6 @@ class VideoContainer:
       context.options = {'max_pixels': str(MAX_PIXELS)}
       self._resources = stack.pop_all()
 
-  def __enter__(self) -> VideoContainer:
-    return self
-
-  def __exit__(self, *_: object) -> None:
-    self.close()
-
   def close(self) -> None:
     """Closes the file."""
     self._resources.close()
@@ -205,20 +199,14 @@ class VideoContainer:
     """
     count = 0
     is_cut = False
-    packets = self.av.demux(self.stream)
-    while True:
-      try:
-        packet = next(packets, None)
-      except FAILURES as error:
-        raise self.error(
-          f'cannot be read after {count} frames', error
-        ) from error
-      if packet is None:
-        break
-      if packet.size:  # Others flush the decoder.
-        is_cut = packet.is_corrupt  # The last packet's value remains.
-        count += 1
-      yield packet
+    try:
+      for packet in self.av.demux(self.stream):
+        if packet.size:  # Others flush the decoder.
+          is_cut = packet.is_corrupt  # The last packet's value remains.
+          count += 1
+        yield packet
+    except FAILURES as error:
+      raise self.error(f'cannot be read after {count} frames', error) from error
     # An AVI file that only lost the index at its end has all of its frames.
     has_all = self.av.format.name == 'avi' and 0 < self.stream.frames <= count
     if is_cut or not (self._is_complete or has_all):
@@ -314,8 +302,7 @@ class VideoContainer:
     """Returns when a picture is shown, in units of the stream's time base."""
     # AVI files have decoding times only. FFmpeg makes up the others, which are
     # out of order in files with B-frames.
-    is_avi = self.av.format.name == 'avi'
-    return picture.dts if is_avi else picture.pts
+    return picture.dts if self.av.format.name == 'avi' else picture.pts
 
   def frame_index(self) -> FrameIndex | None:
     """Returns the frame index, or None where packets do not give it exactly.

@@ -267,7 +267,7 @@ class VideoReader:
     self, start: float = 0.0, end: float = math.inf
   ) -> Generator[tuple[float, av.VideoFrame], None, None]:
     """Decodes, independently of other reads from the file."""
-    with VideoContainer(self._source) as container:
+    with contextlib.closing(VideoContainer(self._source)) as container:
       yield from container.decode_between(start, end, 1 / self.fps)
 
   def _check_index(self, index: int, count: int) -> None:

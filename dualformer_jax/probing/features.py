@@ -173,7 +173,6 @@ def compute(
     )
     shards = mesh.shape['data'] * mesh.shape['fsdp']
     batch_size = shards * max(1, clips_per_batch // (views.count * shards))
-    host_batch = loader.HostBatch(batch_size)
     encode = _make_encode(model, views.preprocessing, mesh, meta['tokens'])
     body = sharding.put_tree(body, sharding.tree_shardings(body, mesh))
     with (
@@ -184,7 +183,8 @@ def compute(
         batches = loader.EvalLoader(
           data,
           views.preprocessing,
-          host_batch,
+          batch_size,
+          range(batch_size),
           num_threads=num_threads,
           short_side=views.short_side,
           videos=range(number * size, min((number + 1) * size, len(data))),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import math
+import operator
 import re
 from typing import Any
 
@@ -24,6 +25,10 @@ def _up_to(high: int) -> _Range:
   return f'0 to {high}', lambda value: 0 <= value <= high
 
 
+def _one_of(*values: Any) -> _Range:
+  return ' or '.join(map(repr, values)), lambda value: value in values
+
+
 def _numbers(values: Any) -> bool:
   return len(values) in (0, 3) and all(
     isinstance(v, int | float) and math.isfinite(v) for v in values
@@ -32,7 +37,6 @@ def _numbers(values: Any) -> bool:
 
 _POSITIVE: _Range = 'more than 0', lambda value: value > 0
 _BELOW_1: _Range = 'at least 0 and less than 1', lambda value: 0 <= value < 1
-_CROPS: _Range = '1 or 3', lambda value: value in (1, 3)
 _AXIS: _Range = 'at least 1, or -1', lambda value: value == -1 or value >= 1
 
 _NAME: _Range = (
@@ -45,10 +49,7 @@ _RANGES: dict[str, _Range] = {
   'model.num_classes': _at_least(0),
   'model.drop_path_rate': _BELOW_1,
   'model.head_dropout': _BELOW_1,
-  'dataset.sampling': (
-    "'dense' or 'uniform'",
-    lambda value: value in ('dense', 'uniform'),
-  ),
+  'dataset.sampling': _one_of('dense', 'uniform'),
   'dataset.frame_interval': _at_least(1),
   'dataset.train_short_side': _at_least(1),
   'dataset.cache_gigabytes': _at_least(0),
@@ -93,15 +94,12 @@ _RANGES: dict[str, _Range] = {
   'optimizer.max_grad_norm': _at_least(0),
   'validation.every_epochs': _at_least(1),
   'validation.num_clips': _at_least(1),
-  'validation.num_crops': _CROPS,
+  'validation.num_crops': _one_of(1, 3),
   'validation.resize_ratio': _at_least(1),
   'validation.patience': _at_least(0),
   'test.num_clips': _at_least(1),
-  'test.num_crops': _CROPS,
-  'test.checkpoint': (
-    "'best' or 'latest'",
-    lambda value: value in ('best', 'latest'),
-  ),
+  'test.num_crops': _one_of(1, 3),
+  'test.checkpoint': _one_of('best', 'latest'),
   'checkpoint.every_steps': _at_least(1),
   'checkpoint.keep': _at_least(1),
   'log_every_steps': _at_least(1),
@@ -119,19 +117,16 @@ def check(config: Config) -> None:
   faults = []
 
   def add(name: str, expected: str) -> None:
-    value = config
-    for key in name.split('.'):
-      value = value[key]
+    value = operator.attrgetter(name)(config)
     faults.append(f'config.{name} is {value!r}, expected {expected}')
 
   for name, (expected, is_valid) in _RANGES.items():
-    group, _, key = name.rpartition('.')
-    fields = config[group] if group else config
-    if key not in fields:
+    try:
+      value = operator.attrgetter(name)(config)
+    except AttributeError as error:
       raise UserError(
         f'config.{name} is missing; add it as in configs/common.py'
-      )
-    value = fields[key]
+      ) from error
     is_finite = not isinstance(value, float) or math.isfinite(value)
     if not is_finite or not is_valid(value):
       add(name, expected)
@@ -151,9 +146,9 @@ def check(config: Config) -> None:
   if list(config.mesh.values()).count(-1) > 1:
     faults.append('config.mesh has more than one -1')
   if config.dataset.sampling == 'uniform':
-    for name in ('validation.num_clips', 'test.num_clips'):
-      if config[name.split('.')[0]].num_clips > 1:
-        add(name, "1 with dataset.sampling='uniform'")
+    for group in ('validation', 'test'):
+      if config[group].num_clips > 1:
+        add(f'{group}.num_clips', "1 with dataset.sampling='uniform'")
   size, steps = config.batch_size, config.accumulation_steps
   if min(size, steps) >= 1:
     if size % steps:

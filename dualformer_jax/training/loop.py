@@ -73,9 +73,10 @@ def train_and_test(
   if mirror is None:
     processes.check_shared_folder(workdir)
   latest = checkpoint.latest_of(workdir / checkpoint.LATEST)
-  source, origin = None, None
+  source, resumed, origin = None, None, None
   if latest is not None:
-    origin = checkpoint.read_metadata(latest)
+    origin = resumed = checkpoint.read_metadata(latest)
+    guards.check_batch_size(config.batch_size, resumed)
   elif config.init_from:
     source = transfer.read(config.init_from, config.init_from_ema)
     transfer.check(source, setup.make_model(config, num_classes=1))
@@ -83,8 +84,6 @@ def train_and_test(
   config = setup.resolve_normalization(
     config, origin.preprocessing if origin else None
   )
-  if latest is not None and origin is not None:
-    guards.check_batch_size(config.batch_size, origin)
 
   # ---------------------------------------------------------------------- data
   dataset = config.dataset
@@ -142,8 +141,8 @@ def train_and_test(
     multi_label=dataset.multi_label,
     config=config.to_dict(),
   )
-  if latest is not None and origin is not None:
-    metadata_lib.check_same_model(base_metadata, origin, latest)
+  if latest is not None and resumed is not None:
+    metadata_lib.check_same_model(base_metadata, resumed, latest)
     abstract_state = training.abstract_state
     trees, saved = checkpoints.restore(abstract_state.trees())
     state = TrainState.from_trees(trees, saved.step, abstract_state.step)
@@ -158,14 +157,12 @@ def train_and_test(
         {'params': state.params, 'batch_stats': state.batch_stats},
         base_metadata,
       )
-      state = dataclasses.replace(state, **variables)
       if state.ema_params is not None:
-        copies = jax.tree.map(jnp.copy, state.params)
-        state = dataclasses.replace(state, ema_params=copies)
+        variables['ema_params'] = jax.tree.map(jnp.copy, variables['params'])
+      state = dataclasses.replace(state, **variables)
       _LOG.info(
         'started from %s\n%s', source.name, '\n'.join(transferred.table())
       )
-  resumed = origin if latest is not None else None
   step = first_step = int(state.step)
   best_score, best_step = None, 0
   if best := best_checkpoints.latest():

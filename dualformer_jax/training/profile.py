@@ -194,11 +194,9 @@ def _time_stages(
         indices = transforms.train_frame_indices(p, len(reader), rng, multiple)
         size = reader.frame_size
         as_stored = size and min(size) == dataset.train_short_side
-        if dataset.yuv420 and as_stored:
-          frames = reader.iter_planes(indices)
-        else:
-          frames = reader.iter_frames(indices)
-        for _ in frames:
+        in_yuv = dataset.yuv420 and as_stored
+        decode = reader.iter_planes if in_yuv else reader.iter_frames
+        for _ in decode(indices):
           pass
       times.append(time.perf_counter())
       transforms.train_clips(  # decodes the same frames once more

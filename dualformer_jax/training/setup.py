@@ -219,8 +219,7 @@ class Training:
       return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
     num_frames = teacher.clip_frames if teacher else model.num_frames
-    size = model.image_size
-    pixels = (3 * size // 2, size) if config.dataset.yuv420 else (size, size, 3)
+    _, *pixels = make_preprocessing(config).clip_shape(config.dataset.yuv420)
     batch = {
       'clips': array(np.uint8, num_frames, *pixels),
       'labels': array(np.int32),
@@ -315,9 +314,7 @@ def make_training(
 def with_shardings(tree: Any, mesh: Mesh) -> Any:
   """Returns the shapes, types and shardings of a tree of parameters."""
   return jax.tree.map(
-    lambda leaf, where: jax.ShapeDtypeStruct(
-      leaf.shape, leaf.dtype, sharding=where
-    ),
+    lambda leaf, where: leaf.update(sharding=where),
     tree,
     sharding.tree_shardings(tree, mesh),
   )
@@ -349,15 +346,12 @@ def make_train_loader(
     rand_augment_ops=config.augment.rand_augment_ops,
     rand_augment_magnitude=config.augment.rand_augment_magnitude,
   )
-  host_batch = loader.HostBatch(
-    config.batch_size,
-    sharding.local_batch_indices(training.mesh, config.batch_size),
-  )
   return loader.TrainLoader(
     data,
     preprocessing,
     options,
-    host_batch,
+    config.batch_size,
+    sharding.local_batch_indices(training.mesh, config.batch_size),
     num_threads=dataset.num_threads,
     num_processes=_reader_processes(
       dataset, training.mesh.devices.flat[0].platform

@@ -1,6 +1,7 @@
 """Scores every token of the training videos with a teacher, and stores it."""
 
 from collections.abc import Callable, Iterator
+import functools
 import hashlib
 import itertools
 import logging
@@ -10,7 +11,6 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
-from jaxtyping import UInt8
 import numpy as np
 
 from dualformer_jax import progress
@@ -73,8 +73,7 @@ def store_labels(
   folder.mkdir(parents=True, exist_ok=True)
   stored_labels.write_meta(folder, meta)
 
-  num_files = stored_labels.num_files(len(data))
-  paths = [stored_labels.file_path(folder, i) for i in range(num_files)]
+  paths = stored_labels.file_paths(folder, len(data))
   first_file = [*(path.exists() for path in paths), False].index(False)
   first_video = min(first_file * stored_labels.VIDEOS_PER_FILE, len(data))
   if first_file:
@@ -85,16 +84,14 @@ def store_labels(
   score_batch = _make_score_batch(
     model, variables, metadata.preprocessing, meta['top'], batch_size
   )
-  labels, shares = [], []
+  shares = []
   num_videos = len(data) - first_video
   scored = _score_videos(videos, score_batch, batch_size)
   scored = progress.track(scored, 'Scoring tokens', num_videos, 'videos')
-  for count, (video_labels, share) in enumerate(scored, 1):
-    labels.append(video_labels)
-    shares.extend(share)
-    if len(labels) == stored_labels.VIDEOS_PER_FILE or count == num_videos:
-      stored_labels.write_file(folder, first_file, labels)
-      labels, first_file = [], first_file + 1
+  missing = iter(paths[first_file:])
+  while part := list(itertools.islice(scored, stored_labels.VIDEOS_PER_FILE)):
+    stored_labels.write_file(next(missing), [labels for labels, _ in part])
+    shares += itertools.chain.from_iterable(share for _, share in part)
   stored_labels.write_meta(folder, {**meta, 'complete': True})
   _LOG.info(
     'token labels of %d videos (%d could not be read); the stored classes hold '
@@ -114,9 +111,8 @@ def _read(
   num_threads: int,
 ) -> Iterator[_Video]:
   """Yields the videos from `first` on, whole frames squeezed to a square."""
-
-  def squeeze(frame: video_reader.Frame) -> UInt8[np.ndarray, 'size size 3']:
-    return transforms.resize(frame[None], p.image_size, p.image_size)[0]
+  size = p.image_size
+  squeeze = functools.partial(transforms.resize, height=size, width=size)
 
   def read(index: int) -> _Video:
     name = f'record {index}'

@@ -2,13 +2,12 @@
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import dm_pix
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from dualformer_jax.distributed import sharding
 from dualformer_jax.errors import UserError
@@ -37,19 +36,49 @@ class Teacher:
 def teacher_from_labels(
   config: Any, model: DualFormer, stored: StoredLabels | None = None
 ) -> Teacher:
-  """Returns a teacher from stored labels.
+  """Returns a teacher from stored labels of whole frames.
 
-  `stored` is None when compiling without data.
+  Stored logits are interpolated linearly at the centers of the clip's tokens,
+  and flipped where augment.augment_batch flips the clip with the same key.
+  Logits that are not stored are 0. `stored` is None when compiling without
+  data.
   """
-  _, rows, columns = model.token_grid()
+  _, num_rows, num_columns = model.token_grid()
   top = config.token_labels.top or model.num_classes
-  targets = functools.partial(
-    targets_from_labels,
-    grid=(rows, columns),
-    num_classes=model.num_classes,
-    top=top,
-    flip=config.dataset.flip,
-  )
+
+  def targets(
+    key,
+    variables,
+    clips,
+    *,
+    token_values: Float[Array, 'b d i j top'],
+    token_classes: Int[Array, 'b d i j top'],
+    token_boxes: Float[Array, 'b 4'],
+  ):
+    del variables, clips
+    empty = jnp.zeros((*token_values.shape[:-1], model.num_classes))
+    # Of the clip, relative to the frame.
+    top_edge, left, height, width = token_boxes.T
+    rows = _weights(top_edge, height, num_rows, empty.shape[2])
+    columns = _weights(left, width, num_columns, empty.shape[3])
+
+    def crop(values):
+      dense = jnp.put_along_axis(
+        empty, token_classes, values, axis=-1, inplace=False
+      )
+      path = 'bhi,bwj,bdijk->bdhwk'
+      return jnp.einsum(path, rows, columns, dense, precision='highest')
+
+    logits, known = crop(token_values), crop(jnp.ones_like(token_values))
+    if config.dataset.flip:
+      keys = jax.random.split(key, logits.shape[0])
+      mirror = jax.vmap(dm_pix.random_flip_left_right)
+      logits, known = (jnp.asarray(mirror(keys, x)) for x in (logits, known))
+    # A stored logit can be negative and still rank above classes that are not
+    # stored. Tiny weights are rounding errors.
+    ranks = jnp.where(known > 1e-3, logits, -jnp.inf)
+    return _softmax_of_top(logits, ranks, top)
+
   return Teacher(targets, model.num_frames, top, stored=stored)
 
 
@@ -62,7 +91,10 @@ def teacher_from_model(
 ) -> Teacher:
   """Returns a teacher with a model that runs inside the training step.
 
-  `model` is the student, `variables` and `rescale` those of targets_from_model.
+  It runs in evaluation mode, and no gradient flows through it. If the clips
+  have n times its frames, it takes every nth. `model` is the student. `rescale`
+  has the factor and the offset of R, G and B from the student's normalization
+  to the teacher's.
   """
   num_frames, *grid = model.token_grid()
   _, *teacher_grid = teacher.token_grid()
@@ -85,13 +117,16 @@ def teacher_from_model(
       'be a multiple of the other'
     )
   top = config.token_labels.top or model.num_classes
-  targets = functools.partial(
-    targets_from_model,
-    model=teacher,
-    num_frames=num_frames,
-    top=top,
-    rescale=rescale,
-  )
+
+  def targets(key, variables, clips):
+    del key
+    factor, offset = (jnp.asarray(values) for values in rescale)
+    clips = clips[:, :: clips.shape[1] // teacher.num_frames] * factor + offset
+    output: Any = teacher.apply(
+      jax.lax.stop_gradient(variables), clips, score_tokens=True
+    )
+    return soft_labels(output.token_logits, num_frames, top)
+
   return Teacher(targets, clip_frames, top, variables)
 
 
@@ -115,83 +150,18 @@ def soft_labels(
   return _softmax_of_top(logits, logits, top)
 
 
-def targets_from_model(
-  key: PRNGKeyArray,
-  variables: Any,
-  clips: Float[Array, 'b t y x 3'],
-  *,
-  model: DualFormer,
-  num_frames: int,
-  top: int,
-  rescale: tuple[Sequence[float], Sequence[float]],
-) -> Float[Array, 'b num_frames h w k']:
-  """Computes soft labels of tokens with a teacher model.
-
-  It runs in evaluation mode, and no gradient flows through it. If the clips
-  have n times its frames, it takes every nth. `rescale` has the factor and the
-  offset of R, G and B from the student's normalization to the teacher's.
-  """
-  del key
-  factor, offset = (jnp.asarray(values) for values in rescale)
-  clips = clips[:, :: clips.shape[1] // model.num_frames] * factor + offset
-  output: Any = model.apply(
-    jax.lax.stop_gradient(variables), clips, score_tokens=True
-  )
-  return soft_labels(output.token_logits, num_frames, top)
-
-
-def targets_from_labels(
-  key: PRNGKeyArray,
-  variables: Any,
-  clips: Float[Array, 'b t y x 3'],
-  *,
-  token_values: Float[Array, 'b d i j top'],
-  token_classes: Int[Array, 'b d i j top'],
-  token_boxes: Float[Array, 'b 4'],
-  grid: tuple[int, int],
-  num_classes: int,
-  top: int,
-  flip: bool,
-) -> Float[Array, 'b d h w k']:
-  """Computes soft labels of tokens from stored labels of whole frames.
-
-  Stored logits are interpolated linearly at the centers of the clip's tokens,
-  and flipped where augment.augment_batch flips the clip with the same key.
-  Logits that are not stored are 0. `token_boxes` has top, left, height and
-  width of the clip relative to the frame, `grid` the student's token rows and
-  columns.
-  """
-  del variables, clips
-  empty = jnp.zeros((*token_values.shape[:-1], num_classes))
-
-  def weights(start, size, num_tokens, num_stored):
-    """Interpolation weights, [b, num_tokens, num_stored]."""
-    centers = (jnp.arange(num_tokens) + 0.5) / num_tokens
-    positions = (start[:, None] + centers * size[:, None]) * num_stored - 0.5
-    positions = jnp.clip(positions, 0, num_stored - 1)
-    distance = jnp.abs(positions[..., None] - jnp.arange(num_stored))
-    return jnp.maximum(0, 1 - distance)
-
-  top_edge, left, height, width = token_boxes.T
-  rows = weights(top_edge, height, grid[0], empty.shape[2])
-  columns = weights(left, width, grid[1], empty.shape[3])
-
-  def crop(values):
-    dense = jnp.put_along_axis(
-      empty, token_classes, values, axis=-1, inplace=False
-    )
-    path = 'bhi,bwj,bdijk->bdhwk'
-    return jnp.einsum(path, rows, columns, dense, precision='highest')
-
-  logits, known = crop(token_values), crop(jnp.ones_like(token_values))
-  if flip:
-    keys = jax.random.split(key, logits.shape[0])
-    mirror = jax.vmap(dm_pix.random_flip_left_right)
-    logits, known = (jnp.asarray(mirror(keys, x)) for x in (logits, known))
-  # A stored logit can be negative and still rank above classes that are not
-  # stored. Tiny weights are rounding errors.
-  ranks = jnp.where(known > 1e-3, logits, -jnp.inf)
-  return _softmax_of_top(logits, ranks, top)
+def _weights(
+  start: Float[Array, 'b'],
+  size: Float[Array, 'b'],
+  num_tokens: int,
+  num_stored: int,
+) -> Float[Array, 'b tokens stored']:
+  """Returns interpolation weights for the tokens of a part of an axis."""
+  centers = (jnp.arange(num_tokens) + 0.5) / num_tokens
+  positions = (start[:, None] + centers * size[:, None]) * num_stored - 0.5
+  positions = jnp.clip(positions, 0, num_stored - 1)
+  distance = jnp.abs(positions[..., None] - jnp.arange(num_stored))
+  return jnp.maximum(0, 1 - distance)
 
 
 def _softmax_of_top(

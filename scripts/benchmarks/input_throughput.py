@@ -124,7 +124,8 @@ def rate_of_loader(
     dataset,
     PREPROCESSING,
     loader.TrainOptions(seed=0, start_multiple=2),
-    loader.HostBatch(4),
+    4,
+    range(4),
     num_threads=number if kind == 'threads' else 1,
     num_processes=number if kind == 'processes' else 0,
   )

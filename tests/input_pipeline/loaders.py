@@ -78,15 +78,15 @@ def train_loader(
     'prefetch': 1,
     'short_side': 30,
   } | arguments
-  host_batch = loader.HostBatch(
-    arguments.pop('batch_size'), arguments.pop('rows', None)
-  )
+  batch_size = arguments.pop('batch_size')
+  rows = arguments.pop('rows', range(batch_size))
   options = {n: arguments.pop(n) for n in _OPTIONS & arguments.keys()}
   return loader.TrainLoader(
     dataset,
     PREPROCESSING,
     loader.TrainOptions(**options),
-    host_batch,
+    batch_size,
+    rows,
     **arguments,
   )
 

@@ -221,8 +221,6 @@ def test_repeats_that_do_not_fit_a_host_raise(make_loader):
     make_loader(repeats=4, rows=rows_of(4, 0, 2))
   with pytest.raises(errors.UserError, match='are not runs of that'):
     make_loader(batch_size=8, repeats=2, rows=[0, 2, 4, 6])
-  with pytest.raises(errors.UserError, match='repeats must be 1 or more'):
-    make_loader(repeats=0)
 
 
 def test_rand_augment_changes_neither_frames_nor_crops(

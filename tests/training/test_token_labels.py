@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+import types
 from typing import Any
 
 import jax
@@ -81,16 +82,27 @@ def augmentation(mean=120.0, std=60.0, **options: Any):
   )
 
 
+def config_of(top: int, flip: bool = False) -> Any:
+  return types.SimpleNamespace(
+    dataset=types.SimpleNamespace(
+      sampling='dense', frame_interval=2, flip=flip
+    ),
+    token_labels=types.SimpleNamespace(teacher='teacher', top=top),
+  )
+
+
+def targets_of(teacher_model: DualFormer, student: DualFormer, top: int = 5):
+  """The targets of a teacher with the normalization of its student."""
+  rescale = (1.0,) * 3, (0.0,) * 3
+  return token_labels.teacher_from_model(
+    config_of(top), student, teacher_model, None, rescale
+  ).targets
+
+
 def make_step(teacher_model: DualFormer, student: DualFormer, **options: Any):
   """A training step and its first state, with a teacher or stored labels."""
   optimizer = optax.sgd(0.1)
-  ask = functools.partial(
-    token_labels.targets_from_model,
-    model=teacher_model,
-    num_frames=student.num_frames // 2,
-    top=5,
-    rescale=((1.0,) * 3, (0.0,) * 3),
-  )
+  ask = targets_of(teacher_model, student)
   train_step = functools.partial(
     step.train_step,
     model=student,
@@ -236,7 +248,8 @@ def losses_of(
     dataset,
     p,
     loader.TrainOptions(seed=4, short_side=32, random_crop=False),
-    loader.HostBatch(6),
+    6,
+    range(6),
     num_threads=2,
     token_labels=stored_labels.StoredLabels(str(stored), dataset),
   )
@@ -247,24 +260,12 @@ def losses_of(
   clips = forward.normalize(
     jnp.asarray(batch['clips']), p.pixel_mean, p.pixel_std
   )
-  asked = jax.jit(
-    functools.partial(
-      token_labels.targets_from_model,
-      model=model,
-      num_frames=8,
-      top=top,
-      rescale=((1.0,) * 3, (0.0,) * 3),
-    )
-  )(key, variables, clips)
-  found = token_labels.targets_from_labels(
+  asked = jax.jit(targets_of(model, model, top))(key, variables, clips)
+  found = token_labels.teacher_from_labels(config_of(top), model).targets(
     key,
     None,
     clips,
     **{n: jnp.asarray(a) for n, a in batch.items() if n.startswith('token_')},
-    grid=(8, 8),
-    num_classes=8,
-    top=top,
-    flip=False,
   )
   student = np.random.default_rng(2).normal(size=asked.shape)
   return [
@@ -298,7 +299,9 @@ def test_stored_labels_are_cropped_and_flipped_like_clips():
   )
   mirrored = np.asarray(clips[:, 0, 0, 0, 0]) > 0
   assert 0 < mirrored.sum() < 8
-  targets = token_labels.targets_from_labels(
+  model = DualFormer(**{**FIELDS, 'image_size': 16, 'num_classes': 3})
+  stored = token_labels.teacher_from_labels(config_of(top=3, flip=True), model)
+  targets = stored.targets(
     key,
     None,
     clips,
@@ -306,10 +309,6 @@ def test_stored_labels_are_cropped_and_flipped_like_clips():
     token_classes=jnp.broadcast_to(jnp.array([2, 0]), values.shape),
     # The left half; in it, one column of the stored tokens is two of the clip.
     token_boxes=jnp.tile(jnp.array([0.0, 0.0, 1.0, 0.5]), (8, 1)),
-    grid=(4, 4),
-    num_classes=3,
-    top=3,
-    flip=True,
   )
   logs = np.log(np.asarray(targets[:, 0]))
   # Softmax leaves differences: of class 2 and of class 0 to class 1, at 0.

@@ -169,10 +169,8 @@ class VideoDatasetBuilder(
   @property
   def _store_folder(self) -> pathlib.Path:
     """Where transcoded videos are kept until the dataset is complete."""
-    folder = pathlib.Path(self._data_dir_root) / self.name
-    if self.builder_config:
-      folder = folder / self.builder_config.name
-    return folder / f'.{self.version}-videos'
+    # Its own folder has another name until it is complete.
+    return pathlib.Path(self.data_path).parent / f'.{self.version}-videos'
 
   def _download_and_prepare(
     self,

@@ -102,5 +102,4 @@ def _keys(
 ) -> Int64[np.ndarray, ' n']:
   """Returns the chosen bits of each signature as one number."""
   words = bits[:, chosen // 64] >> (chosen % 64).astype(np.uint64)
-  keys = (words & np.uint64(1)).astype(np.int64) @ (1 << np.arange(_KEY_BITS))
-  return keys
+  return (words & np.uint64(1)).astype(np.int64) @ (1 << np.arange(_KEY_BITS))

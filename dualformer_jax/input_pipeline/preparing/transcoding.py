@@ -87,7 +87,7 @@ def transcode(video: Video, storage: Storage) -> tuple[bytes, str]:
   if video.path.is_dir():
     images = frame_folders.read(video.path)
     content = _encode(images, video.fps, storage, signature)
-  elif video.path.is_file():
+  else:
     with video_reader.VideoReader(video.path) as reader:
       timed = reader.iter_timed(*(video.seconds or ()))
       frames = (frame for _, frame in timed)
@@ -98,8 +98,6 @@ def transcode(video: Video, storage: Storage) -> tuple[bytes, str]:
       else:
         images = (('', b'', frame) for frame in frames)
         content = _encode(images, reader.fps, storage, signature)
-  else:
-    raise video_reader.VideoError('is neither a file nor a folder of frames')
   if len(content) > MAX_BYTES:
     raise video_reader.VideoError(
       f'is too large for a record: {len(content)} bytes, limit {MAX_BYTES}'
