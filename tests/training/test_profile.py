@@ -28,8 +28,6 @@ def test_profile_prints_rates_and_a_verdict(motion_dataset, tmp_path):
   assert parts.keys() == {'read', 'decode', 'resize', 'copy', 'step'}
   assert min(rates.values()) > 0
   assert min(parts.values()) > 0
-  # Both together are not faster than either alone, except for noise.
-  assert rates['both'] < 1.5 * min(rates['input'], rates['step'])
   for name in rates:
     assert f'{name} {rates[name]:.3g}' in done.stderr
   assert result['verdict'] in done.stderr
