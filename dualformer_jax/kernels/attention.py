@@ -125,23 +125,24 @@ def blocked_attention(
   return _blocked_attention_fwd(q, k, v, is_key)[0]
 
 
-def _blocked_attention_fwd(q, k, v, is_key):
-  def attend(q, k, v, is_key):
-    scores = _scores(q * q.shape[-1] ** -0.5, k, is_key)
-    largest = scores.max(-1, keepdims=True)
-    weights = jnp.exp(scores - largest).astype(v.dtype)
-    total = weights.sum(-1, dtype=jnp.float32)
-    out = _product('gbnlm,gbmne->gbnle', weights, v)
-    out = jnp.moveaxis(out / total[..., None], 2, 3)
-    return out, largest[..., 0] + jnp.log(total)
+def _attend(q, k, v, is_key):
+  scores = _scores(q * q.shape[-1] ** -0.5, k, is_key)
+  largest = scores.max(-1, keepdims=True)
+  weights = jnp.exp(scores - largest).astype(v.dtype)
+  total = weights.sum(-1, dtype=jnp.float32)
+  out = _product('gbnlm,gbmne->gbnle', weights, v)
+  out = jnp.moveaxis(out / total[..., None], 2, 3)
+  return out, largest[..., 0] + jnp.log(total)
 
+
+def _blocked_attention_fwd(q, k, v, is_key):
   steps, over_groups = _steps(q, k)
   q_steps = _split(q, 0 if over_groups else 2, steps)
   if over_groups:
     operands = q_steps, *(_split(x, 0, steps) for x in (k, v, is_key))
-    out, log_total = jax.lax.map(lambda block: attend(*block), operands)
+    out, log_total = jax.lax.map(lambda block: _attend(*block), operands)
   else:
-    out, log_total = jax.lax.map(lambda q: attend(q, k, v, is_key), q_steps)
+    out, log_total = jax.lax.map(lambda q: _attend(q, k, v, is_key), q_steps)
   # Cast here: inside the loop, XLA:CPU casts the whole array in each iteration.
   out = _join(out, 0 if over_groups else 2).astype(q.dtype)
   return out, (q, k, v, is_key, out, log_total)

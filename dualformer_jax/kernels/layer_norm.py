@@ -1,5 +1,7 @@
 """LayerNorm over channels."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -21,15 +23,16 @@ def layer_norm(
   compute: Compute,
 ) -> Float[Array, '... c']:
   """Normalizes over channels in float32; returns `compute.dtype`."""
-  run = compute.choose(_in_float32(reference), cpu=_in_float32(_cpu), gpu=_gpu)
+  run = compute.choose(
+    functools.partial(_in_float32, reference),
+    cpu=functools.partial(_in_float32, _cpu),
+    gpu=_gpu,
+  )
   return run(x, scale, bias, compute)
 
 
-def _in_float32(normalize):
-  def run(x, scale, bias, compute):
-    return normalize(x.astype(jnp.float32), scale, bias).astype(compute.dtype)
-
-  return run
+def _in_float32(normalize, x, scale, bias, compute):
+  return normalize(x.astype(jnp.float32), scale, bias).astype(compute.dtype)
 
 
 def _gpu(x, scale, bias, compute):
@@ -45,7 +48,7 @@ def _gpu(x, scale, bias, compute):
     and len(x) % shards == 0
     and module.fits(x.size // channels // shards, channels)
   ):
-    return _in_float32(reference)(x, scale, bias, compute)
+    return _in_float32(reference, x, scale, bias, compute)
 
   def run(x, scale, bias):
     y = module.layer_norm(x.reshape(-1, channels), scale, bias)

@@ -1,5 +1,7 @@
 """DualFormer, the local-global stratified transformer (arXiv 2112.04674)."""
 
+import functools
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -196,6 +198,8 @@ class Backbone(nn.Module):
   def __call__(
     self, x: Float[Array, 'b t y x 3'], train: bool
   ) -> Float[Array, 'b d h w c']:
+    # Initialization has no backward pass, and is traced in half of the time.
+    remat = 'none' if self.is_initializing() else self.remat
     scales = iter([None] * sum(self.depths))
     if train and self.drop_path_rate:
       rates = np.linspace(0, self.drop_path_rate, sum(self.depths))
@@ -217,7 +221,7 @@ class Backbone(nn.Module):
           self.window if index % 2 == 0 else None,
           self.fine_sizes[stage],
           self.coarse_sizes[stage],
-          self.remat,
+          remat,
           self.compute,
           name=name,
         )
@@ -243,6 +247,13 @@ class Output:
   logits: Float[Array, 'b k']
   features: Float[Array, 'b c']
   token_logits: Float[Array, 'b d h w k'] | None
+
+
+def _check(model: nn.Module, name: str, is_valid: bool, expected: str) -> None:
+  """Raises UserError unless the value of the field `name` is valid."""
+  if not is_valid:
+    value = getattr(model, name)
+    raise UserError(f'model.{name} is {value!r}; expected {expected}')
 
 
 class DualFormer(nn.Module):
@@ -294,12 +305,7 @@ class DualFormer(nn.Module):
 
   def __post_init__(self):
     super().__post_init__()
-
-    def check(name: str, is_valid: bool, expected: str) -> None:
-      if not is_valid:
-        value = getattr(self, name)
-        raise UserError(f'model.{name} is {value!r}; expected {expected}')
-
+    check = functools.partial(_check, self)
     stages = len(self.depths)
     for name in ('embed_dims', 'num_heads', 'fine_sizes', 'coarse_sizes'):
       is_valid = len(getattr(self, name)) == stages

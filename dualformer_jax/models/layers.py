@@ -1,6 +1,7 @@
 """The layers of DualFormer, initialized as in the published implementation."""
 
 from collections.abc import Sequence
+import functools
 import math
 
 import flax.linen as nn
@@ -107,10 +108,9 @@ def _conv_params(
 ) -> tuple[Float[Array, '...'], Float[Array, 'c']]:
   """Adds kernel and bias, uniform within 1 / sqrt(fan_in) as in PyTorch."""
   bound = math.prod(shape[:-1]) ** -0.5
-
-  def init(key, shape, dtype=jnp.float32):
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
+  init = functools.partial(
+    jax.random.uniform, dtype=jnp.float32, minval=-bound, maxval=bound
+  )
   kernel = module.param('kernel', init, shape)
   return kernel, module.param('bias', init, shape[-1:])
 
