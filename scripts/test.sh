@@ -21,11 +21,12 @@ export XLA_FLAGS="$flags ${XLA_FLAGS-}"
 # NumPy's threads wait for each other, busily, where the processors have others
 # to run: products of small matrices then take 20 times as long.
 export OPENBLAS_NUM_THREADS=1
-# Compiled programs are shared by the processes, and kept for the next run. Only
-# with a maximal size (in bytes) do processes lock the folder.
+# Programs that take long to compile are shared by the processes, and kept for the
+# next run. Only with a maximal size (in bytes) do processes lock the folder; each
+# new program then takes longer the more programs are there.
 export JAX_COMPILATION_CACHE_DIR=$venv/compiled_tests
 export JAX_COMPILATION_CACHE_MAX_SIZE=2000000000
-export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.1
+export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.5
 # The tests of a file share what they prepare, so they run in one process. The
 # order of files is that of tests/conftest.py.
 exec "$python" -m pytest --numprocesses=auto --maxprocesses=4 \
