@@ -223,7 +223,9 @@ def variable_shapes(model: DualFormer, source: str) -> dict[str, Any]:
 
   Raises UserError, which names `source`, if its fields are invalid.
   """
-  hashable: Any = model  # type checkers do not know that it is
+  # Shapes do not depend on kernels, and reference kernels are traced fastest.
+  # Any, as type checkers do not know that models are hashable.
+  hashable: Any = model.clone(kernels='reference')
   try:
     variables = _init_shapes(hashable)
   except Exception as error:  # of many kinds, one for each field
