@@ -160,7 +160,8 @@ def _parse_flags(arguments: str, argv: list[str]) -> list[str]:
     sys.unraisablehook = _print_unraisable_unless_canceled
   if positional and not arguments:
     _exit_with_error(
-      f'unexpected argument {positional[0]!r}; expected --NAME=VALUE'
+      f'unexpected argument {positional[0]!r}; expected --NAME=VALUE. Commands '
+      'are modules, such as python -m dualformer_jax.predict'
     )
   if arguments and not positional:
     _exit_with_error(f'{arguments} must be given; see --help')

@@ -35,8 +35,16 @@ def counting(
     A function that counts a number of units as done.
   """
   if sys.stderr.isatty():
+    known = '' if total is None else '{percentage:3.0f}%|{bar}| '
+    of_total = '' if total is None else '/{total:.0f}'
     with tqdm.tqdm(
-      desc=description, total=total, unit=f' {unit}', delay=3
+      desc=description,
+      total=total,
+      unit=f' {unit}',
+      delay=3,
+      # Amounts need not be whole numbers.
+      bar_format=f'{{desc}}: {known}{{n:.0f}}{of_total} '
+      '[{elapsed}<{remaining}, {rate_fmt}]',
     ) as bar:
       yield bar.update
     return

@@ -1,8 +1,12 @@
 """Progress of work whose length is known or not."""
 
 import logging
+import sys
 import time
 import types
+from typing import Any
+
+import tqdm
 
 from dualformer_jax import progress
 
@@ -41,3 +45,16 @@ def test_counting_logs_amount_rate_and_time_left(monkeypatch, caplog):
     'Testing: 4 of 8 videos, 0.40 videos/s, 0:10 left',
     'Testing: 4 of 8 videos, 0.20 videos/s, 0:20 left',
   ]
+
+
+def test_bar_shows_whole_numbers(monkeypatch, capsys):
+  monkeypatch.setattr(sys.stderr, 'isatty', lambda: True)
+  at_once: Any = {'delay': 0, 'mininterval': 0}
+  bar = tqdm.tqdm
+  monkeypatch.setattr(
+    progress.tqdm, 'tqdm', lambda **options: bar(**options | at_once)
+  )
+  for total, expected in ((10.75, '| 4/11 ['), (None, 'Scoring: 4 [')):
+    with progress.counting('Scoring', total, 's of video') as add:
+      add(4.25)
+    assert expected in capsys.readouterr().err

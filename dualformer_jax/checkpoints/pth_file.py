@@ -44,7 +44,7 @@ _COMPRESSION = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 
-_FOREIGN = 'not a checkpoint written by torch.save'
+_FOREIGN = 'not weights written by torch.save, nor a .safetensors file'
 # What malformed files make zipfile, struct and the code below raise, such as a
 # LookupError for an empty stack or an unknown memo.
 DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, LookupError)
@@ -93,7 +93,7 @@ def _read_zip(file: BinaryIO) -> tuple[object, Callable[[Storage], bytes]]:
       del entry.CRC
   pickles = [name for name in entries if re.fullmatch(r'[^/]*/data\.pkl', name)]
   if len(pickles) != 1:
-    raise UserError(f'a zip file, but {_FOREIGN}')
+    raise UserError('a zip file, but not one written by torch.save')
   folder = pickles[0].removesuffix('data.pkl')
   budget = _MAX_EXPANSION * length + (1 << 20)
 

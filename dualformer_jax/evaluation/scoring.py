@@ -91,7 +91,7 @@ def score_split(
       arrays = sharding.put_batch({name: batch[name] for name in names}, mesh)
       if (program := (scorer.eval_step, batch['views'].shape)) not in _compiled:
         _compiled.add(program)
-        _LOG.info('compiling the evaluation: less than the training step took')
+        _LOG.info('compiling the evaluation')
       scores = np.asarray(scorer.eval_step(variables, arrays.pop('views')))
       rows = multihost_utils.process_allgather(arrays, tiled=True)
       masks.append(rows['mask'])

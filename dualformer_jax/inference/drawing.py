@@ -1,5 +1,6 @@
 """Draws heat maps, token values, labels and text, and encodes pictures."""
 
+from collections.abc import Sequence
 import io
 from typing import IO
 import unicodedata
@@ -80,7 +81,9 @@ def outline_token(
       cv2.rectangle(frame, (xs[0], ys[0]), (xs[-1], ys[-1]), WHITE)
 
 
-def draw_legend(texts: list[str], width: int) -> UInt8[np.ndarray, 'h width 3']:
+def draw_legend(
+  texts: Sequence[str], width: int
+) -> UInt8[np.ndarray, 'h width 3']:
   """Returns a picture with a line for each text and its color of PALETTE."""
   image = np.zeros((_LEGEND_LINE * len(texts), width, 3), np.uint8)
   for i, text in enumerate(texts):

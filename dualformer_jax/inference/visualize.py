@@ -30,11 +30,11 @@ class Clip:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-  """RGB frames with values drawn on them, and a legend below, or None."""
+  """RGB frames with values drawn on them, and lines of the legend below."""
 
   frames: UInt8[np.ndarray, 't h w 3']
   caption: str
-  legend: UInt8[np.ndarray, 'y w 3'] | None = None
+  legend: tuple[str, ...] = ()
 
 
 def load_clip(
@@ -129,8 +129,7 @@ def draw_token_classes(
     shares.append((recognizer.class_names[label], count / classes.size))
   pixels = drawing.token_pixels(colors, clip.frames)
   frames = drawing.blend(clip.frames, pixels, opacity)
-  texts = [f'{name} {share:.0%}' for name, share in shares]
-  legend = drawing.draw_legend(texts, frames.shape[2])
+  legend = tuple(f'{name} {share:.0%}' for name, share in shares)
   return Picture(frames, 'classes of tokens', legend), shares
 
 
@@ -141,9 +140,8 @@ def write(path: pathlib.Path, picture: Picture, fps: float) -> None:
     count = min(_STRIP_FRAMES, len(frames))
     chosen = frames[np.arange(count) * len(frames) // count]
     frames = np.concatenate(chosen, axis=1)[None]
-  if picture.legend is not None:
-    missing = frames.shape[2] - picture.legend.shape[1]
-    legend = np.pad(picture.legend, [(0, 0), (0, missing), (0, 0)])
+  if picture.legend:
+    legend = drawing.draw_legend(picture.legend, frames.shape[2])
     legend = np.broadcast_to(legend, (len(frames), *legend.shape))
     frames = np.concatenate([frames, legend], axis=1)
   with output_file(path) as file:

@@ -292,13 +292,13 @@ def test_strides_and_offsets_are_followed(path, tensor, expected):
 def test_other_files_raise(path):
   _assert_raises(path.parent / 'absent.pth', 'No such file')
   path.write_bytes(pickle.dumps({'weights': [1, 2]}))
-  _assert_raises(path, 'not a checkpoint written by torch.save')
+  _assert_raises(path, 'not weights written by torch.save')
 
 
 def test_other_zip_file_raises(path):
   with zipfile.ZipFile(path, 'w') as archive:
     archive.writestr('readme.txt', 'hello')
-  _assert_raises(path, 'a zip file, but not a checkpoint')
+  _assert_raises(path, 'a zip file, but not one written by torch.save')
 
 
 @pytest.mark.parametrize('source', [CHECKPOINT, LEGACY])

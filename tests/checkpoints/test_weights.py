@@ -225,7 +225,7 @@ def test_ambiguous_choice_raises(tmp_path, root, ema, message):
     (bytes(1000), 'full of zeros, an unfinished download'),
     (b'\x1f\x8b\x08' + bytes(20), 'a gzip archive'),
     (b'PK\x03\x04' + bytes(200), 'truncated or damaged'),
-    (b'anything else', 'not a checkpoint'),
+    (b'anything else', 'not weights written by torch.save'),
   ],
 )
 def test_what_is_not_weights_is_named(tmp_path, content, message):
