@@ -105,7 +105,7 @@ def read(path: str | os.PathLike[str], ema: bool = False) -> Source:
 
 
 def check(source: Source, model: DualFormer) -> None:
-  """Raises UserError if `initialize` could not; needs no accelerator.
+  """Raises UserError if `initialize` could not; computes nothing with JAX.
 
   The number of classes of the model does not matter.
   """
@@ -238,14 +238,28 @@ def _other_model(name: str, differences: list[str]) -> UserError:
 def _resize(
   kernel: Float[np.ndarray, 'o i t h w'], shape: tuple[int, ...]
 ) -> Float[np.ndarray, 'o i t2 h2 w2']:
-  """Resizes the last three axes linearly and keeps the sum of the kernel.
+  """Resizes the last three axes linearly and keeps the sum of the kernel."""
+  matrices = (
+    _resize_matrix(old, new)
+    for old, new in zip(kernel.shape[2:], shape[2:], strict=True)
+  )
+  resized = np.einsum('oithw,at,bh,cw->oiabc', kernel, *matrices, optimize=True)
+  return resized.astype(kernel.dtype)
 
-  Shrinking averages the values that fall into a new one.
+
+def _resize_matrix(old: int, new: int) -> Float[np.ndarray, 'new old']:
+  """Returns the matrix of a linear resize, times old / new.
+
+  Pixel centers are at half-integers. Shrinking averages the pixels that fall
+  into a new one. Rows sum to old / new, so a constant kernel keeps its sum.
   """
-  with jax.default_device(jax.local_devices(backend='cpu')[0]):
-    resized = jax.image.resize(kernel.astype(np.float32), shape, 'linear')
-  repeats = math.prod(shape[2:]) / math.prod(kernel.shape[2:])
-  return (np.asarray(resized) / repeats).astype(kernel.dtype)
+  scale = old / new
+  centers = (np.arange(new) + 0.5) * scale - 0.5
+  if new > old:
+    centers = np.clip(centers, 0, old - 1)
+  distances = np.abs(centers[:, None] - np.arange(old))
+  weights = np.maximum(1 - distances / max(scale, 1), 0)
+  return weights / weights.sum(axis=1, keepdims=True) * scale
 
 
 def _summary(names: list[str]) -> str:
